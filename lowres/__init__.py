@@ -1,0 +1,35 @@
+"""Fine-tune a language model on the card you have.
+
+    recipe = lowres.load_recipe("recipes/quickstart.yaml", ["method.rank=4"])
+    record = lowres.run(recipe)                 # everything, with a record
+    built = lowres.build(recipe)                # prepared model, tokenizer, collator, optimizer: your own loop
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowres.core.errors import LowresError
+    from lowres.core.recipe import load_recipe
+    from lowres.run.build import build
+    from lowres.run.execute import execute as run
+
+__version__ = "0.1.0"
+__all__ = ["LowresError", "__version__", "build", "load_recipe", "run"]
+
+_HOMES = {
+    "LowresError": ("lowres.core.errors", "LowresError"),
+    "load_recipe": ("lowres.core.recipe", "load_recipe"),
+    "build": ("lowres.run.build", "build"),
+    "run": ("lowres.run.execute", "execute"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # `import lowres` must stay cheap: the command line lists parts without torch.
+    if name in _HOMES:
+        module, attribute = _HOMES[name]
+        return getattr(importlib.import_module(module), attribute)
+    raise AttributeError(f"module 'lowres' has no attribute '{name}'")

@@ -1,0 +1,122 @@
+"""The only door to accelerate: device, precision, processes, checkpoints, trackers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowres.core.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import nn
+
+    from lowres.core.recipe import Loop, Recipe
+
+TRAINED = "trained.safetensors"
+
+
+def make(loop: Loop) -> Any:
+    """The Accelerator of a run: the environment (`accelerate launch`) decides device and processes.
+
+    Raises:
+        InputError: When the device cannot do the precision asked for.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # accelerate keeps the first Accelerator's precision for the whole Python process; a second run
+        # in it may want another.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return Accelerator(mixed_precision=loop.precision, log_with=list(loop.trackers) or None)
+    except (ValueError, RuntimeError) as error:
+        if loop.precision == "no":
+            raise
+        raise InputError(
+            "the recipe",
+            [Problem("loop.precision", f"'{loop.precision}' does not work on this device: {error}")],
+        ) from error
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks, before or after a run."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def start_trackers(accelerator: Any, output: Path, recipe: Recipe) -> None:
+    """Begin logging to the trackers of the recipe, under the output folder."""
+    if not recipe.loop.trackers:
+        return
+    accelerator.project_configuration.set_directories(str(output))
+    accelerator.init_trackers("tensorboard", config={"digest": recipe.digest})
+
+
+def end_trackers(accelerator: Any) -> None:
+    """Flush and close them."""
+    accelerator.end_training()
+
+
+def from_main_process(accelerator: Any, items: list[Any]) -> list[Any]:
+    """The main process's list, on every process."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(items, from_process=0)
+    return items
+
+
+def sum_over_processes(accelerator: Any, values: Sequence[float]) -> list[float]:
+    """Add up float64 numbers over all processes; every process gets the sums."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    import torch
+
+    tensor = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    return [float(v) for v in accelerator.reduce(tensor, reduction="sum").tolist()]
+
+
+def gather(accelerator: Any, items: list[Any]) -> list[Any]:
+    """Lists of all processes, joined in process order."""
+    if accelerator.num_processes == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    joined: list[Any] = gather_object(items)
+    return joined
+
+
+def checkpoint_trained_only(accelerator: Any, model: nn.Module) -> None:
+    """Make `save_state` write the trained parameters alone, as safetensors.
+
+    The frozen ones are in the checkpoint that the recipe names; writing them again would make each
+    checkpoint of an 8B model 16 GB, and quantised ones cannot be written at all.
+    """
+    from safetensors.torch import load_file, save_file
+
+    def trained() -> dict[str, torch.Tensor]:
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def save(_models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            save_file({n: p.contiguous() for n, p in trained().items()}, Path(folder) / TRAINED)
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        models.clear()
+        there = load_file(Path(folder) / TRAINED)
+        own = trained()
+        if there.keys() != own.keys():
+            odd = sorted(there.keys() ^ own.keys())
+            raise InputError(
+                f"'{folder}'", [f"it holds other parameters than the recipe trains: {odd[:5]}"]
+            )
+        for name, parameter in own.items():
+            parameter.copy_(there[name].to(parameter.device))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

@@ -1,0 +1,128 @@
+"""The only door to PEFT: adapters put into a model, and lowres's own tuners made known to PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowres.core.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lowres.core.blocks import Blocks
+
+ALL_LINEAR = "all-linear"
+PAPER_DEFAULT = "paper"
+
+
+def inject(model: nn.Module, config: Any, blocks: Blocks) -> nn.Module:
+    """Put an adapter into the model; what was made anew (a classification head) trains beside it.
+
+    Args:
+        config: A PEFT config whose `target_modules` are set.
+        blocks: Its `head` becomes PEFT's `modules_to_save`.
+    """
+    import peft
+
+    config.modules_to_save = list(blocks.head) or None
+    # Losses are computed outside the model, so the plain wrapper serves every head; the saved file names
+    # the type, so that PEFT's and transformers' Auto classes can load it.
+    config.task_type = None
+    adapted = peft.get_peft_model(model, config)
+    adapted.peft_config["default"].task_type = _task_type(model)
+    return adapted
+
+
+def _task_type(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def lora_config(**fields: Any) -> Any:
+    import peft
+
+    return peft.LoraConfig(**fields)
+
+
+def linear_targets(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
+    """Module paths of the linear layers to adapt.
+
+    Args:
+        wanted: `all-linear` (every linear layer inside the blocks), `paper` (queries and values, by
+            PEFT's table of architectures), or layer names joined by `+`.
+
+    Raises:
+        InputError: When nothing in the trained blocks has such a name, listing what is there.
+    """
+    linear = [name for name in _linears(model) if _inside(name, blocks.names)]
+    last = {name: name.rpartition(".")[2] for name in linear}
+    if wanted == ALL_LINEAR:
+        chosen = linear
+    else:
+        names = _paper_targets(model) if wanted == PAPER_DEFAULT else wanted.split("+")
+        chosen = [n for n in linear if last[n] in names or any(n.endswith("." + w) for w in names)]
+        for name in names:
+            if not any(n == name or n.endswith("." + name) for n in linear):
+                there = ", ".join(sorted(set(last.values())))
+                raise InputError(
+                    "the recipe",
+                    [Problem("method.targets", f"no linear layer is named '{name}'; there are {there}")],
+                )
+    chosen = [n for n in chosen if _inside(n, blocks.trained)]
+    if not chosen:
+        raise InputError(
+            "the recipe",
+            [Problem("method.targets", "none of them lies in a block that the freezing leaves trained")],
+        )
+    if not blocks.frozen:
+        # Short names read better in adapter_config.json, and say the same when every block trains.
+        short = sorted({last[n] for n in chosen})
+        everywhere = {n for n in _linears(model) if n.rpartition(".")[2] in short}
+        if everywhere == set(chosen):
+            return short
+    return chosen
+
+
+def _paper_targets(model: nn.Module) -> Sequence[str]:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+
+    model_type = getattr(model.config, "model_type", "")
+    if model_type not in TABLE:
+        raise InputError(
+            "the recipe",
+            [
+                Problem(
+                    "method.targets",
+                    f"which layers are queries and values of a '{model_type}' is not known; name them, "
+                    "or use all-linear",
+                )
+            ],
+        )
+    return list(TABLE[model_type])
+
+
+def _linears(model: nn.Module) -> list[str]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+
+
+def _inside(name: str, modules: Any) -> bool:
+    return any(name.startswith(m + ".") for m in modules)
+
+
+def merge(model: Any) -> nn.Module:
+    """Fold the adapter into the weights; the plain model comes back."""
+    merged: nn.Module = model.merge_and_unload()
+    return merged
+
+
+def unwrap_adapted(model: Any) -> nn.Module:
+    """The transformers model inside, adapters in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

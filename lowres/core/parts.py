@@ -1,0 +1,244 @@
+"""The base of every family. A part is a frozen dataclass whose fields are its recipe keys.
+
+A part's constructor stores and validates; it loads, seeds and prints nothing. No part knows another: what
+one needs of the others it finds in the nouns of `core` (Recipe, Learner, Blocks, Session).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from lowres.core.example import Asks, Batch, Example, Prediction, Purpose, Row
+from lowres.core.metrics import Metric
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lowres.core.blocks import Blocks
+    from lowres.core.engine import Accelerator, Engine
+    from lowres.core.learner import Encoder, Head, Kind, Learner, LoadRequest
+    from lowres.core.recipe import Recipe
+    from lowres.core.session import Session
+
+T = TypeVar("T")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def part(cls: type[T]) -> type[T]:
+    """Make a class a part or a section of a recipe: frozen, keyword-only, unknown keys refused."""
+    return pydantic_dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)(cls)
+
+
+@part
+class Part:
+    """What every family shares."""
+
+    family: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The file's name is the part's name."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def check(self, recipe: Recipe) -> Iterator[str]:
+        """What in the recipe this part cannot work with: the value, the reason, the nearest choice."""
+        return iter(())
+
+
+@part
+class Task(Part):
+    """Which data, which prompt, which metric.
+
+    Subclasses give `examples`, `score` and the class attributes; the fields below are every task's.
+
+    Args:
+        train_examples: Rows drawn from the training split; None for all.
+        data_seed: Seed of that draw and of `hold_out`, apart from the seed of the run.
+        hold_out: Rows taken out of the training split and offered as the split `held_out`, for choosing
+            hyperparameters without looking at an evaluation split.
+        evaluate: Splits to score at the end; None for all but `train` and `held_out`.
+        eval_examples: Score at most so many rows of each split; None for all.
+    """
+
+    family: ClassVar[str] = "task"
+    version: ClassVar[int]
+    asks: ClassVar[Asks]
+    labels: ClassVar[tuple[str, ...]] = ()
+    metric: ClassVar[str]
+    pattern: ClassVar[str] = "{text}"
+    label_words: ClassVar[tuple[str, ...]] = ()
+
+    train_examples: PositiveInt | None = None
+    data_seed: int = 0
+    hold_out: NonNegativeInt = 0
+    evaluate: tuple[str, ...] | None = None
+    eval_examples: PositiveInt | None = None
+
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, `train` first."""
+        raise NotImplementedError
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The rows of a split. Raises InputError naming each broken row."""
+        raise NotImplementedError
+
+    def score(
+        self, examples: Sequence[Example], predictions: Sequence[Prediction]
+    ) -> Mapping[str, Metric]:
+        """Metrics by name; `self.metric` is among them."""
+        raise NotImplementedError
+
+    def baseline(self, train: Sequence[Example], examples: Sequence[Example]) -> Prediction | None:
+        """What to predict without a model: the majority of the training split; None where there is none."""
+        return None
+
+
+@part
+class Method(Part):
+    """What is trained."""
+
+    family: ClassVar[str] = "method"
+    learning_rate_hint: ClassVar[tuple[float, float]]
+    mergeable: ClassVar[bool]
+
+    def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
+        """Mark or add the trained parameters, within `blocks`; the returned module replaces `model`.
+
+        Raises InputError when the model has nothing that this method could train.
+        """
+        raise NotImplementedError
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """The plain model with what was learned folded in."""
+        raise NotImplementedError
+
+    def before_update(self, model: nn.Module, step: int) -> None:
+        """Called before the gradients of update `step` are computed."""
+
+
+@part
+class Freezing(Part):
+    """Where: which blocks stay frozen."""
+
+    family: ClassVar[str] = "freezing"
+
+    def blocks(self, learner: Learner, sample: Iterable[Batch]) -> Blocks:
+        """The learner's map with a choice made. `sample` yields batches for strategies that look at data."""
+        raise NotImplementedError
+
+    def before_update(self, model: nn.Module, step: int) -> None:
+        """Called before update `step`, for strategies that rotate."""
+
+
+@part
+class Objective(Part):
+    """What is minimised, and how its answer is read off the model."""
+
+    family: ClassVar[str] = "objective"
+    heads: ClassVar[Mapping[Kind, Head]]
+    serves: ClassVar[frozenset[Asks]]
+
+    def check(self, recipe: Recipe) -> Iterator[str]:
+        if recipe.task.asks not in self.serves:
+            yield (
+                f"it cannot serve the task '{recipe.task.name}', which asks for a {recipe.task.asks}; "
+                f"{self.name} serves {', '.join(sorted(self.serves))}"
+            )
+
+    def rows(
+        self, task: Task, examples: Sequence[Example], encoder: Encoder, purpose: Purpose
+    ) -> list[Row]:
+        """Token ids of each example, within `encoder.max_length`.
+
+        A row whose every label is IGNORED is returned as it is: the caller counts and drops it.
+        """
+        raise NotImplementedError
+
+    def targets(self, batch: Batch) -> int:
+        """How many terms the loss of this batch sums over; the mean is taken over the global batch."""
+        raise NotImplementedError
+
+    def loss(self, learner: Learner, batch: Batch) -> torch.Tensor:
+        """Sum (not mean) of the loss over the batch's targets, a scalar in float32."""
+        raise NotImplementedError
+
+    def predict(self, learner: Learner, batch: Batch, task: Task) -> list[Prediction]:
+        """One prediction a row."""
+        raise NotImplementedError
+
+    def padding_side(self, purpose: Purpose, task: Task, kind: Kind) -> Literal["left", "right"]:
+        """`left` where `predict` reads the next token off the last column."""
+        return "right"
+
+
+@part
+class Optimizer(Part):
+    """The update rule and its states."""
+
+    family: ClassVar[str] = "optimizer"
+
+    def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """The optimizer over the trained parameters, given with their names."""
+        raise NotImplementedError
+
+    def engine(
+        self, accelerator: Accelerator, learner: Learner, optimizer: torch.optim.Optimizer
+    ) -> Engine:
+        """How updates are made; back-propagation through accelerate unless the rule has its own."""
+        from lowres.core.engine import BackPropagation
+
+        return BackPropagation(accelerator, learner, optimizer)
+
+
+@part
+class Lever(Part):
+    """How bytes are saved, nothing else changed."""
+
+    family: ClassVar[str] = "lever"
+    effect: ClassVar[Literal["exact", "lossy"]]
+
+    def on_load(self, request: LoadRequest) -> LoadRequest:
+        return request
+
+    def on_learner(self, learner: Learner) -> Learner:
+        return learner
+
+    def on_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        return optimizer
+
+    def on_engine(self, engine: Engine) -> Engine:
+        return engine
+
+
+@part
+class Procedure(Part):
+    """How training is organised around steps."""
+
+    family: ClassVar[str] = "procedure"
+
+    def run(self, session: Session) -> Learner:
+        raise NotImplementedError
+
+
+def fold(start: T, parts: Iterable[Part], hook: str) -> T:
+    """Pass a value through the same hook of several parts, first to last."""
+    return functools.reduce(lambda value, p: getattr(p, hook)(value), parts, start)
+
+
+def values(part_: Any) -> dict[str, Any]:
+    """A part's or section's fields, JSON-ready."""
+    from pydantic import TypeAdapter
+
+    dumped: dict[str, Any] = TypeAdapter(type(part_)).dump_python(part_, mode="json")
+    return dumped

@@ -1,0 +1,24 @@
+"""Freeze nothing: every block and the embeddings may be trained.
+
+Paper: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from lowres.core.parts import Freezing, part
+
+if TYPE_CHECKING:
+    from lowres.core.blocks import Blocks
+    from lowres.core.example import Batch
+    from lowres.core.learner import Learner
+
+
+@part
+class NoFreezing(Freezing):
+    """The method alone decides what is trained."""
+
+    def blocks(self, learner: Learner, sample: Iterable[Batch]) -> Blocks:
+        return learner.blocks

@@ -1,0 +1,59 @@
+"""Train the bias vectors alone: y = W x + (b + d), with d from zero.
+
+Paper: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models,
+Ben-Zaken et al. 2021. https://arxiv.org/abs/2106.10199
+
+Departs from the paper: the change d is held beside the frozen bias, so that several adapters can share
+one base and be switched off; the update of d is the update of b.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from lowres.core.errors import InputError, Problem
+from lowres.core.parts import Method, part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lowres.core.blocks import Blocks
+
+
+@part
+class Bitfit(Method):
+    """Every `.bias`: attention, feed-forward, norms. No layer input is kept for backward."""
+
+    # Section 3 of the paper: 1e-4 to 1e-3 for BERT.
+    learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 1e-3)
+    mergeable: ClassVar[bool] = True
+
+    def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
+        from lowres.bridges import peft_tuner
+        from lowres.methods._bias import BiasDelta
+
+        biased = [
+            path
+            for path, module in model.named_modules()
+            if "bias" in dict(module.named_parameters(recurse=False))
+            and blocks.trains(f"{path}.bias")
+            and path not in blocks.head
+        ]
+        if not biased:
+            raise InputError(
+                "the recipe",
+                [
+                    Problem(
+                        "method",
+                        f"'bitfit': {type(model).__name__} has no bias where the freezing allows "
+                        "training; use lora, or a model with biases (BERT, RoBERTa, GPT-2, OPT)",
+                    )
+                ],
+            )
+        return peft_tuner.inject_delta(model, blocks, BiasDelta, biased)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        from lowres.bridges import peft
+
+        return peft.merge(model)
+

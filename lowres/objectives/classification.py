@@ -1,0 +1,57 @@
+"""A fresh linear head over the text's representation, cross-entropy over the task's labels.
+
+Paper: BERT: Pre-training of Deep Bidirectional Transformers, Devlin et al. 2018 (section 4.1).
+https://arxiv.org/abs/1810.04805
+
+Departs from the paper: decoders are read at their last token (transformers' sequence classification).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from lowres.core.example import Asks, Batch, Example, Prediction, Purpose, Row
+from lowres.core.parts import Objective, Task, part
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowres.core.learner import Encoder, Head, Kind, Learner
+
+
+@part
+class Classification(Objective):
+    """Labels (B, 1) are class indices; logits are (B, C)."""
+
+    heads: ClassVar[Mapping[Kind, Head]] = {
+        "encoder": "classification",
+        "decoder": "classification",
+        "encoder_decoder": "classification",
+    }
+    serves: ClassVar[frozenset[Asks]] = frozenset({"label"})
+
+    def rows(
+        self, task: Task, examples: Sequence[Example], encoder: Encoder, purpose: Purpose
+    ) -> list[Row]:
+        rows = []
+        for example in examples:
+            texts = (example.text,) if example.pair is None else (example.text, example.pair)
+            whole = encoder.tokenizer(*texts)
+            kept = encoder.tokenizer(*texts, truncation=True, max_length=encoder.max_length)
+            cut = len(whole["input_ids"]) - len(kept["input_ids"])
+            assert example.label is not None
+            rows.append(Row(example.id, dict(kept), [example.label], truncated=cut))
+        return rows
+
+    def targets(self, batch: Batch) -> int:
+        return int(batch["labels"].shape[0])
+
+    def loss(self, learner: Learner, batch: Batch) -> torch.Tensor:
+        from torch.nn import functional as F
+
+        scores = learner.logits(batch).float()
+        return F.cross_entropy(scores, batch["labels"][:, 0], reduction="sum")
+
+    def predict(self, learner: Learner, batch: Batch, task: Task) -> list[Prediction]:
+        return [Prediction(int(c)) for c in learner.logits(batch).argmax(-1).tolist()]

@@ -1,0 +1,173 @@
+"""From a recipe to a prepared model, tokenizer, collator and optimizer: for `lowres run`, or any loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lowres.core.errors import InputError, Problem
+from lowres.core.example import Batch, Row, collate
+from lowres.core.learner import Encoder, Head, Kind, Learner, LoadRequest
+from lowres.core.parts import fold
+from lowres.core.recipe import Recipe
+from lowres.run import data as data_module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lowres.run.data import Data
+
+
+@dataclass
+class Inputs:
+    """What is known before any weight is read."""
+
+    config: Any
+    kind: Kind
+    head: Head
+    tokenizer: Any
+    encoder: Encoder
+    data: Data
+
+
+@dataclass
+class Built:
+    """A recipe made ready for anyone's loop.
+
+    Args:
+        model: On the CPU, adapters in place, frozen and trained parameters marked.
+        tokenizer: The checkpoint's.
+        collator: Rows to a padded batch; `model(**collator(rows))` has a loss for the heads of
+            transformers.
+        optimizer: Over the trained parameters.
+        train_rows: What the recipe trains on, in the data set's order.
+        learner: The model as objectives ask it.
+        inputs: Configuration and data.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    collator: Callable[[Sequence[Row]], Batch]
+    optimizer: torch.optim.Optimizer
+    train_rows: Sequence[Row]
+    learner: Learner
+    inputs: Inputs
+
+
+def read(recipe: Recipe) -> Inputs:
+    """Configuration, tokenizer and encoded data: all that can go wrong before weights are loaded.
+
+    Raises:
+        InputError: With what is wrong and how to mend it.
+    """
+    from lowres.bridges import transformers
+
+    wanted = recipe.model
+    config = transformers.load_config(wanted.checkpoint, wanted.revision, wanted.trust_remote_code)
+    kind = transformers.kind_of(config)
+    if kind not in recipe.objective.heads:
+        serves = ", ".join(recipe.objective.heads)
+        raise InputError(
+            "the recipe",
+            [
+                Problem(
+                    "objective",
+                    f"'{recipe.objective.name}' works on {serves}; '{wanted.checkpoint}' is a(n) {kind}",
+                )
+            ],
+        )
+    tokenizer = transformers.load_tokenizer(
+        wanted.checkpoint, wanted.revision, wanted.trust_remote_code, wanted.pad_token
+    )
+    _stop_at_position_limit(recipe, config, tokenizer)
+    encoder = Encoder(tokenizer, kind, recipe.loop.max_length)
+    data = data_module.prepare(recipe, encoder, config.get_text_config().vocab_size)
+    return Inputs(config, kind, recipe.objective.heads[kind], tokenizer, encoder, data)
+
+
+def _stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any) -> None:
+    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+    limit = min(x for x in (*limits, 1 << 40) if isinstance(x, int) and x > 0)
+    if recipe.loop.max_length > limit:
+        raise InputError(
+            "the recipe",
+            [
+                Problem(
+                    "loop.max_length",
+                    f"{recipe.loop.max_length} is more than the {limit} positions of the model",
+                )
+            ],
+        )
+
+
+def assemble(recipe: Recipe, inputs: Inputs) -> Built:
+    """Load the weights and fold in freezing, method, levers and optimizer, in that order."""
+    import torch
+
+    from lowres.bridges import transformers
+
+    request = LoadRequest(
+        checkpoint=recipe.model.checkpoint,
+        revision=recipe.model.revision,
+        head=inputs.head,
+        labels=len(recipe.task.labels),
+        dtype=recipe.model.dtype,
+        attention=recipe.model.attention,
+        init=recipe.model.init,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    request = fold(request, recipe.levers, "on_load")
+    seed = recipe.loop.seed
+    model, fresh = transformers.load_model(request, inputs.config, inputs.encoder.pad_id, seed)
+    blocks = transformers.map_blocks(model, fresh, recipe.model.init == "pretrained")
+    learner = Learner(model, model, inputs.tokenizer, inputs.kind, blocks)
+
+    learner.blocks = recipe.freezing.blocks(learner, _sample(recipe, inputs))
+    torch.manual_seed(seed)
+    learner.module = learner.base = recipe.method.apply(model, learner.blocks)
+    learner = fold(learner, recipe.levers, "on_learner")
+
+    trained = [(n, p) for n, p in learner.base.named_parameters() if p.requires_grad]
+    if not trained:
+        raise InputError(
+            "the recipe",
+            [f"method '{recipe.method.name}' and freezing '{recipe.freezing.name}' leave nothing to train"],
+        )
+    optimizer = fold(recipe.optimizer.make(trained), recipe.levers, "on_optimizer")
+    return Built(
+        model=learner.base,
+        tokenizer=inputs.tokenizer,
+        collator=collator(recipe, inputs),
+        optimizer=optimizer,
+        train_rows=inputs.data.train,
+        learner=learner,
+        inputs=inputs,
+    )
+
+
+def build(recipe: Recipe) -> Built:
+    """Prepare everything a training loop needs, as `lowres run` would.
+
+    Raises:
+        InputError: For what is wrong with the recipe, its data or its checkpoint.
+    """
+    return assemble(recipe, read(recipe))
+
+
+def collator(recipe: Recipe, inputs: Inputs) -> Callable[[Sequence[Row]], Batch]:
+    """The function that pads training rows into a batch."""
+    side = recipe.objective.padding_side("train", recipe.task, inputs.kind)
+    return lambda rows: collate(rows, inputs.encoder.pad_id, side)
+
+
+def _sample(recipe: Recipe, inputs: Inputs) -> Iterable[Batch]:
+    """Micro-batches in the data set's order, made as they are asked for."""
+    make, rows, size = collator(recipe, inputs), inputs.data.train, recipe.loop.micro_batch_size
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, len(rows), size):
+            yield make(rows[start : start + size])
+
+    return batches()

@@ -1,0 +1,225 @@
+"""From a task's words to rows: draws, held-out rows, encoding, what encoding cut off, order of updates."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lowres.core.errors import InputError, Problem
+from lowres.core.example import IGNORED, Example, Row
+from lowres.core.learner import Encoder
+from lowres.core.recipe import Recipe
+from lowres.core.record import DataReport
+
+HELD_OUT = "held_out"
+
+
+@dataclass
+class Data:
+    """Everything the run reads.
+
+    Args:
+        train: Rows to train on.
+        train_examples: The examples they came from (the majority baseline counts their labels).
+        evaluation: For each split to score, its examples and rows.
+        reports: What encoding did to each split.
+        remarks: What the user should know before the first update.
+    """
+
+    train: list[Row]
+    train_examples: list[Example]
+    evaluation: dict[str, tuple[list[Example], list[Row]]]
+    reports: list[DataReport] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def prepare(recipe: Recipe, encoder: Encoder, vocabulary: int) -> Data:
+    """Read, draw and encode all splits that the recipe uses.
+
+    Args:
+        vocabulary: Rows of the model's embedding table.
+
+    Raises:
+        InputError: Broken or empty data, nothing left to train on, token ids outside the vocabulary.
+    """
+    task, objective = recipe.task, recipe.objective
+    wanted = _wanted_splits(recipe)
+    train, held_out = _draw(recipe, list(task.examples("train")))
+    data = Data(train=[], train_examples=train, evaluation={})
+    rows = objective.rows(task, train, encoder, "train")
+    data.train = _keep_trainable(data, "train", rows)
+    if not data.train:
+        raise InputError(
+            "the recipe",
+            [
+                Problem(
+                    "loop.max_length",
+                    f"within {recipe.loop.max_length} tokens not one of {len(rows)} training rows keeps "
+                    "a label; the prompts alone are as long, so raise it",
+                )
+            ],
+        )
+    for split in wanted:
+        examples = held_out if split == HELD_OUT else list(task.examples(split))
+        examples = examples[: task.eval_examples]
+        if not examples:
+            raise InputError("the task", [f"the split '{split}' is empty"])
+        encoded = objective.rows(task, examples, encoder, "predict")
+        if task.asks == "likelihood":
+            encoded = _keep_trainable(data, split, encoded)
+        else:
+            data.reports.append(_report(split, encoded, 0))
+        data.evaluation[split] = (examples, encoded)
+    _remark(data, encoder)
+    _stop_outside_vocabulary(data, vocabulary)
+    return data
+
+
+def _wanted_splits(recipe: Recipe) -> list[str]:
+    task = recipe.task
+    there = [s for s in task.splits() if s != "train"] + ([HELD_OUT] if task.hold_out else [])
+    if task.evaluate is None:
+        return [s for s in there if s != HELD_OUT]
+    unknown = [s for s in task.evaluate if s not in there]
+    if unknown:
+        raise InputError(
+            "the recipe",
+            [Problem("task.evaluate", f"no split '{s}'; there are {', '.join(there)}") for s in unknown],
+        )
+    return list(task.evaluate)
+
+
+def _draw(recipe: Recipe, rows: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Training rows and held-out rows, drawn by the task's own seed."""
+    task = recipe.task
+    if not task.hold_out and task.train_examples is None:
+        return rows, []
+    asked = task.hold_out + (task.train_examples or 1)
+    if asked > len(rows):
+        raise InputError(
+            "the recipe",
+            [
+                Problem(
+                    "task",
+                    f"train_examples and hold_out ask for {asked} rows, the training split has "
+                    f"{len(rows)}",
+                )
+            ],
+        )
+    order = list(range(len(rows)))
+    random.Random(f"draw-{task.data_seed}").shuffle(order)
+    held_out = [rows[i] for i in sorted(order[: task.hold_out])]
+    rest = order[task.hold_out :][: task.train_examples]
+    return [rows[i] for i in sorted(rest)], held_out
+
+
+def _keep_trainable(data: Data, split: str, rows: list[Row]) -> list[Row]:
+    kept = [row for row in rows if any(label != IGNORED for label in row.labels)]
+    data.reports.append(_report(split, kept, len(rows) - len(kept)))
+    return kept
+
+
+def _report(split: str, rows: Sequence[Row], dropped: int) -> DataReport:
+    return DataReport(
+        split=split,
+        rows=len(rows),
+        dropped=dropped,
+        truncated=sum(row.truncated > 0 for row in rows),
+        tokens=sum(row.length for row in rows),
+        targets=sum(sum(label != IGNORED for label in row.labels) for row in rows),
+        longest=max((row.length for row in rows), default=0),
+    )
+
+
+def _remark(data: Data, encoder: Encoder) -> None:
+    for report in data.reports:
+        all_rows = report.rows + report.dropped
+        if report.dropped:
+            data.remarks.append(
+                f"{report.split}: {report.dropped} of {all_rows} rows keep no label within "
+                f"{encoder.max_length} tokens and are left out"
+            )
+        if report.truncated:
+            data.remarks.append(
+                f"{report.split}: {report.truncated} of {all_rows} rows were cut to "
+                f"{encoder.max_length} tokens"
+            )
+    if encoder.tokenizer.pad_token_id == encoder.tokenizer.eos_token_id:
+        end = encoder.tokenizer.eos_token_id
+        trained = sum(end in row.labels for row in data.train)
+        data.remarks.append(
+            f"the pad token is the end token; padding is masked by position, and the end token is a "
+            f"target in {trained} of {len(data.train)} training rows"
+        )
+
+
+def _stop_outside_vocabulary(data: Data, vocabulary: int) -> None:
+    highest = max(max(row.inputs["input_ids"]) for row in data.train)
+    if highest >= vocabulary:
+        raise InputError(
+            "the recipe",
+            [
+                Problem(
+                    "model.checkpoint",
+                    f"its tokenizer gives id {highest}, its embeddings have {vocabulary} rows; "
+                    "tokenizer and weights do not belong together",
+                )
+            ],
+        )
+
+
+class Order:
+    """Which rows each update trains on, as a pure function of seed and update.
+
+    Rows run through one permutation after the other, and every update takes a full global batch from
+    that stream, across the border of two passes where it falls inside a batch. The two updates with the
+    longest rows are moved to the front: a run that will run out of memory does so in its first minute.
+    Nothing here depends on the micro-batch or the number of processes.
+
+    Args:
+        lengths: Tokens of each row.
+        global_batch: Rows of an update.
+        updates: How many there will be.
+        seed: Of the permutations.
+    """
+
+    def __init__(self, lengths: Sequence[int], global_batch: int, updates: int, seed: int) -> None:
+        self._count = len(lengths)
+        self._global_batch = global_batch
+        self._seed = seed
+        self._permutations: dict[int, list[int]] = {}
+        self._update = list(range(updates))
+        longest = [max(lengths[i] for i in self._stream(u)) for u in self._update]
+        for place in range(min(2, updates)):
+            best = max(range(place, updates), key=lambda u: (longest[self._update[u]], -u))
+            self._update[place], self._update[best] = self._update[best], self._update[place]
+
+    def rows(self, step: int) -> list[int]:
+        """Row numbers of update `step`."""
+        return self._stream(self._update[step])
+
+    def _stream(self, update: int) -> list[int]:
+        start = update * self._global_batch
+        return [
+            self._permutation(at // self._count)[at % self._count]
+            for at in range(start, start + self._global_batch)
+        ]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch not in self._permutations:
+            order = list(range(self._count))
+            random.Random(f"order-{self._seed}-{epoch}").shuffle(order)
+            self._permutations[epoch] = order
+        return self._permutations[epoch]
+
+
+def updates_of(recipe: Recipe, rows: int) -> int:
+    """How many optimizer updates the run makes."""
+    loop = recipe.loop
+    if loop.steps is not None:
+        return loop.steps
+    assert loop.epochs is not None
+    return max(1, round(loop.epochs * rows / loop.global_batch_size))
+
+

@@ -1,0 +1,265 @@
+"""One run from recipe to record, read top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowres.bridges import accelerate, transformers
+from lowres.core.errors import InputError, Interrupted, LowresError, Problem
+from lowres.core.parts import fold
+from lowres.core.recipe import Recipe
+from lowres.core.record import Event, Parameters, RunRecord, Score
+from lowres.core.units import format_bytes, format_count, gib_to_bytes
+from lowres.memory.live import tensors_of
+from lowres.memory.meter import Meter
+from lowres.run import build, checkpoint, environment, output
+from lowres.run.evaluate import evaluate
+from lowres.run.progress import Reporter
+from lowres.run.session import TrainingSession
+
+
+def execute(
+    recipe: Recipe,
+    *,
+    output_folder: str | Path | None = None,
+    resume: str | None = None,
+    quiet: bool = False,
+) -> RunRecord:
+    """Run a recipe and write its record, whatever happens.
+
+    Args:
+        output_folder: A folder that is empty or not there; None takes the next `runs/<recipe>-<n>`.
+        resume: `latest` or the path of a checkpoint; None begins anew.
+        quiet: Say nothing.
+
+    Returns:
+        The record, also written to `<output>/record.json`.
+
+    Raises:
+        InputError: When the recipe cannot be run here; nothing is written.
+        LowresError: When the run failed; the record says how.
+    """
+    started = time.monotonic()
+    accelerator = accelerate.make(recipe.loop)
+    reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
+    folder, found = _folder(recipe, accelerator, output_folder, resume)
+    record = _new_record(recipe, accelerator)
+    meter = Meter(accelerator.device)
+    session: TrainingSession | None = None
+    refused = False
+    try:
+        resumed = None
+        if found is not None:
+            resumed = (found, checkpoint.progress_of(found, recipe.digest, recipe.resolved()))
+        _check_processes(recipe, accelerator)
+        _limit(recipe, accelerator, reporter)
+        reporter.say(f"{output.stem(recipe)}: {_plan_line(recipe)}\noutput: {folder}")
+        inputs = build.read(recipe)
+        record.data = inputs.data.reports
+
+        with meter.phase("load", lambda: ()):
+            built = build.assemble(recipe, inputs)
+            module, optimizer = accelerator.prepare(built.model, built.optimizer)
+        if accelerator.is_main_process:
+            output.write_recipe(folder, recipe)
+        learner = dataclasses.replace(built.learner, module=module)
+        engine = recipe.optimizer.engine(accelerator, learner, optimizer)
+        engine = fold(engine, recipe.levers, "on_engine")
+        accelerate.checkpoint_trained_only(accelerator, learner.base)
+        accelerate.start_trackers(accelerator, folder, recipe)
+        record.measured.parameters = _count(built.model)
+        _describe(reporter, record, meter)
+
+        def score(step: int) -> list[Score]:
+            held = lambda: tensors_of(learner.base, engine.optimizer)  # noqa: E731
+            return evaluate(
+                recipe, learner, inputs.data, accelerator, meter, step, folder, held
+            )
+
+        session = TrainingSession(
+            recipe=recipe, learner=learner, engine=engine, data=inputs.data, accelerator=accelerator,
+            meter=meter, reporter=reporter, output=folder, started=started, evaluate=score,
+            resume=resumed,
+        )  # fmt: skip
+        for remark in inputs.data.remarks:
+            if resumed is None:
+                session.event("data", remark)
+        if resumed is not None:
+            session.event("resumed", f"goes on from {found} after update {session.progress.step}")
+
+        recipe.procedure.run(session)
+
+        # Saved before it is scored: a failure in evaluation must not cost the training.
+        with meter.phase("save", session.held):
+            _save_model(recipe, learner, accelerator, folder, record)
+        session.evaluate()
+        record.outcome = "ok"
+    except InputError:
+        refused = True
+        if accelerator.is_main_process:
+            output.release_if_empty(folder)
+        raise
+    except (KeyboardInterrupt, Interrupted) as error:
+        record.outcome, record.error = "interrupted", str(error) or "stopped at once"
+        raise error if isinstance(error, Interrupted) else Interrupted("stopped at once") from None
+    except LowresError as error:
+        record.outcome, record.error = error.outcome, str(error)  # type: ignore[assignment]
+        raise
+    except Exception as error:
+        record.outcome, record.error = "failed", f"{type(error).__name__}: {error}"
+        if isinstance(error, torch.OutOfMemoryError):
+            record.outcome = "oom"
+        raise
+    finally:
+        reporter.end()
+        if not refused:
+            _finish(record, session, meter, accelerator, folder, recipe, started)
+    return record
+
+
+def _folder(
+    recipe: Recipe, accelerator: Any, asked: str | Path | None, resume: str | None
+) -> tuple[Path, Path | None]:
+    """The run's folder, chosen by the main process for all; and the checkpoint to go on from."""
+    asked = None if asked is None else Path(asked)
+    chosen: list[Any] = [None, None, None]
+    if accelerator.is_main_process:
+        try:
+            if resume is not None:
+                chosen[:2] = output.find_resumable(recipe, asked, resume)
+            else:
+                chosen[0] = output.claim(recipe, asked)
+        except InputError as error:
+            chosen[2] = error
+    folder, found, problem = accelerate.from_main_process(accelerator, chosen)
+    if problem is not None:
+        raise problem
+    return folder, found
+
+
+def _new_record(recipe: Recipe, accelerator: Any) -> RunRecord:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return RunRecord(
+        id=f"{output.stem(recipe)}-{now:%Y%m%dT%H%M%S}-{recipe.digest[:8]}",
+        outcome="failed",
+        started=now.isoformat(timespec="seconds"),
+        seconds=0.0,
+        recipe=recipe.resolved(),
+        digest=recipe.digest,
+        overrides=list(recipe.overrides),
+        task_version=recipe.task.version,
+        environment=environment.describe(accelerator.device, accelerator.num_processes),
+    )
+
+
+def _check_processes(recipe: Recipe, accelerator: Any) -> None:
+    loop, processes = recipe.loop, accelerator.num_processes
+    if loop.global_batch_size % (loop.micro_batch_size * processes):
+        raise InputError(
+            "the recipe",
+            [
+                Problem(
+                    "loop.global_batch_size",
+                    f"{loop.global_batch_size} is no multiple of micro_batch_size "
+                    f"{loop.micro_batch_size} times {processes} processes",
+                )
+            ],
+        )
+
+
+def _limit(recipe: Recipe, accelerator: Any, reporter: Reporter) -> None:
+    """Cap the device's allocator at the budget."""
+    device_gib = recipe.budget.device_gib
+    if device_gib is None:
+        return
+    if accelerator.device.type != "cuda":
+        reporter.say(f"budget.device_gib {device_gib} is not enforced: there is no CUDA device here")
+        return
+    total = torch.cuda.get_device_properties(accelerator.device).total_memory
+    share = min(1.0, gib_to_bytes(device_gib) / total)
+    torch.cuda.set_per_process_memory_fraction(share, accelerator.device)
+
+
+def _plan_line(recipe: Recipe) -> str:
+    loop, budget = recipe.loop, recipe.budget
+    limits = [
+        f"{value:g} {unit}"
+        for value, unit in (
+            (budget.device_gib, "GiB device"),
+            (budget.host_gib, "GiB host"),
+            (budget.disk_gib, "GiB disk"),
+            (budget.minutes, "min"),
+        )
+        if value is not None
+    ]
+    levers = "+".join(lever.name for lever in recipe.levers) or "no levers"
+    return (
+        f"{recipe.model.checkpoint}, {recipe.task.name}, {recipe.method.name}, freezing "
+        f"{recipe.freezing.name}, {recipe.objective.name}, {recipe.optimizer.name}, {levers}; "
+        f"{loop.global_batch_size} rows an update in micro-batches of {loop.micro_batch_size}; "
+        f"limits: {', '.join(limits) or 'none'}"
+    )
+
+
+def _count(model: torch.nn.Module) -> Parameters:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Parameters(trainable, sum(p.numel() for p in model.parameters()))
+
+
+def _describe(reporter: Reporter, record: RunRecord, meter: Meter) -> None:
+    counts = record.measured.parameters
+    assert counts is not None
+    held = f", {format_bytes(meter.phases['load'].live_bytes)} at most while loading"
+    rows = ", ".join(f"{d.split} {d.rows}" for d in record.data)
+    reporter.say(
+        f"trains {format_count(counts.trainable)} of {format_count(counts.total)} parameters "
+        f"({counts.trainable / counts.total:.2%}){held}; rows: {rows}"
+    )
+
+
+def _save_model(
+    recipe: Recipe, learner: Any, accelerator: Any, folder: Path, record: RunRecord
+) -> None:
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(learner.base, keep_fp32_wrapper=False)
+        transformers.save(model, learner.tokenizer, folder / output.MODEL)
+        record.measured.saved_bytes = checkpoint.folder_bytes(folder / output.MODEL)
+    accelerator.wait_for_everyone()
+
+
+def _finish(
+    record: RunRecord,
+    session: TrainingSession | None,
+    meter: Meter,
+    accelerator: Any,
+    folder: Path,
+    recipe: Recipe,
+    started: float,
+) -> None:
+    """Fill in what was measured and write the record and the model's card."""
+    record.seconds = time.monotonic() - started
+    record.measured.phases = meter.phases
+    record.measured.allocator_retries = meter.allocator_retries()
+    if session is not None:
+        session.close()
+        record.losses = session.progress.losses
+        record.learning_rates = session.progress.learning_rates
+        record.scores = session.scores
+        record.events = session.progress.events
+        record.measured.step_time = session.step_time()
+        record.measured.checkpoint_bytes = session.checkpoint_bytes
+        record.measured.train_seconds = session.train_seconds
+    if record.error:
+        record.events.append(Event(len(record.losses), record.outcome, record.error))
+    if accelerator.is_main_process:
+        output.write_record(folder, record)
+        if (folder / output.MODEL).is_dir():
+            output.write_card(folder / output.MODEL, recipe, record)
+    accelerate.end_trackers(accelerator)
+

@@ -1,0 +1,192 @@
+"""The output folder: claimed once, never overwritten; record, recipe, losses, model and its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lowres.core import record as record_module
+from lowres.core.errors import InputError
+from lowres.core.recipe import Recipe
+from lowres.core.record import RunRecord
+from lowres.core.units import format_bytes, format_count, format_seconds
+from lowres.run.checkpoint import Progress, checkpoints
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+RECORD = "record.json"
+RECIPE = "recipe.yaml"
+LOSSES = "losses.jsonl"
+MODEL = "model"
+DEFAULT_ROOT = Path("runs")
+
+
+def stem(recipe: Recipe) -> str:
+    """A short name for a run of this recipe."""
+    if recipe.source:
+        return Path(recipe.source).stem
+    return f"{recipe.task.name}-{recipe.method.name}"
+
+
+def claim(recipe: Recipe, asked: Path | None) -> Path:
+    """Make the folder of a new run: the one asked for, else `runs/<recipe>-<n>` with the next free n.
+
+    Raises:
+        InputError: When the folder holds a run already, or cannot be written.
+    """
+    root = DEFAULT_ROOT
+    if asked is not None:
+        if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
+            raise InputError(
+                f"'{asked}'",
+                ["it exists and is not empty; --resume goes on with it, --output DIR names another"],
+            )
+        folder = asked
+    else:
+        taken = [_number(p, stem(recipe)) for p in root.glob(f"{stem(recipe)}-*")]
+        folder = root / f"{stem(recipe)}-{max(taken, default=0) + 1}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"'{folder}'", [f"cannot be written: {error.strerror}"]) from None
+    return folder
+
+
+def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Path, Path]:
+    """The output folder and the checkpoint to go on from.
+
+    Args:
+        resume: `latest`, or the path of a checkpoint.
+
+    Raises:
+        InputError: When there is none.
+    """
+    if resume != "latest":
+        folder = Path(resume)
+        if not folder.is_dir():
+            raise InputError(f"'{folder}'", ["there is no such checkpoint to resume from"])
+        return folder.resolve().parent, folder
+    if asked is not None:
+        candidates = [asked]
+    else:
+        runs = [p for p in DEFAULT_ROOT.glob(f"{stem(recipe)}-*") if _number(p, stem(recipe))]
+        candidates = sorted(runs, key=lambda p: _number(p, stem(recipe)), reverse=True)
+    for folder in candidates:
+        there = checkpoints(folder)
+        if there:
+            return folder, there[-1]
+    where = asked or f"{DEFAULT_ROOT}/{stem(recipe)}-*"
+    raise InputError(
+        f"'{where}'",
+        ["holds no checkpoint to resume from; loop.save_every writes them, or run without --resume"],
+    )
+
+
+def _number(path: Path, name: str) -> int:
+    found = re.fullmatch(re.escape(name) + r"-(\d+)", path.name)
+    return int(found.group(1)) if found else 0
+
+
+def release_if_empty(folder: Path) -> None:
+    """Leave nothing behind of a run that was refused before it wrote anything."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+class Losses:
+    """`losses.jsonl`: a line an update. After a resume, lines past the checkpoint are dropped."""
+
+    def __init__(self, output: Path, active: bool, progress: Progress) -> None:
+        self._file: TextIO | None = None
+        if not active:
+            return
+        path = output / LOSSES
+        kept: list[str] = []
+        if path.exists():
+            kept = path.read_text(encoding="utf-8").splitlines()[: progress.step]
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+        self._file.flush()
+
+    def add(
+        self, step: int, loss: float, rate: float, norm: float | None, tokens_per_second: float
+    ) -> None:
+        if self._file is None:
+            return
+        line = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens_per_second": round(tokens_per_second, 1),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def write_recipe(output: Path, recipe: Recipe) -> None:
+    text = f"# Resolved from {recipe.source or 'a mapping'}; digest {recipe.digest}.\n"
+    body = yaml.safe_dump(recipe.resolved(), sort_keys=False)
+    (output / RECIPE).write_text(text + body, encoding="utf-8")
+
+
+def write_record(output: Path, record: RunRecord) -> None:
+    """Written aside and renamed: a reader never sees half a record."""
+    aside = output / f"{RECORD}.partial"
+    aside.write_text(record_module.to_json(record), encoding="utf-8")
+    os.replace(aside, output / RECORD)
+
+
+def write_card(folder: Path, recipe: Recipe, record: RunRecord) -> None:
+    """README.md of the saved model: where it comes from, how it scored, how to load it."""
+    front: dict[str, Any] = {
+        "base_model": recipe.model.checkpoint,
+        "library_name": "peft" if (folder / "adapter_config.json").exists() else "transformers",
+        "tags": ["lowres", recipe.method.name, recipe.task.name],
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        f"# {record.id}",
+        "",
+        f"`{recipe.model.checkpoint}` fine-tuned with lowres on the task `{recipe.task.name}` "
+        f"(version {recipe.task.version}): method `{recipe.method.name}`, objective "
+        f"`{recipe.objective.name}`, {len(record.losses)} updates of {recipe.loop.global_batch_size} rows.",
+        "",
+    ]
+    if record.scores:
+        lines += ["| split | metric | value | standard error | n | majority |", "|---|---|--:|--:|--:|--:|"]
+        for s in record.final_scores():
+            base = "" if s.majority is None else f"{s.majority:.4f}"
+            lines.append(
+                f"| {s.split} | {s.metric} | {s.value:.4f} | {s.stderr:.4f} | {s.n} | {base} |"
+            )
+        lines.append("")
+    measured = record.measured
+    if measured.parameters is not None:
+        lines.append(
+            f"Trained {format_count(measured.parameters.trainable)} of "
+            f"{format_count(measured.parameters.total)} parameters"
+            + (f", peak of live tensors {format_bytes(measured.peak_live_bytes)}"
+               if measured.peak_live_bytes else "")
+            + (f", {format_seconds(measured.step_time.p50_seconds)} an update (median)"
+               if measured.step_time else "")
+            + "."
+        )  # fmt: skip
+    loader = (
+        "PeftModel.from_pretrained(base_model, this_folder)"
+        if front["library_name"] == "peft"
+        else "AutoModel.from_pretrained(this_folder)"
+    )
+    lines += ["", f"Load with `{loader}`. The recipe and the full record lie one folder up.", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

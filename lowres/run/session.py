@@ -1,0 +1,332 @@
+"""A prepared run while it trains: one update at a time, measured, recoverable, within its budget."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lowres.bridges import accelerate
+from lowres.core import errors, schedule
+from lowres.core.engine import Engine
+from lowres.core.example import Row, collate
+from lowres.core.learner import Learner
+from lowres.core.parts import values
+from lowres.core.recipe import Recipe
+from lowres.core.record import Event, Score, StepTime
+from lowres.core.units import format_bytes, gib_to_bytes
+from lowres.memory.live import tensors_of
+from lowres.memory.meter import Meter
+from lowres.run import checkpoint
+from lowres.run.checkpoint import Progress
+from lowres.run.data import Data, Order, updates_of
+from lowres.run.output import Losses
+from lowres.run.progress import Reporter
+
+PROBED_UPDATES = 2
+"""The first update and the first with optimizer states: on CPU their live bytes are counted."""
+WARM_UP_UPDATES = 1
+"""Updates after the probes that are not timed."""
+
+
+class TrainingSession:
+    """Implements `core.session.Session` over accelerate.
+
+    Args:
+        evaluate: Scores the splits after `step` updates.
+        output: The run's folder.
+        started: `time.monotonic()` at the start of the run, for the time budget.
+        resume: Where the checkpoint to go on from lies, with its progress; None to begin.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        learner: Learner,
+        engine: Engine,
+        data: Data,
+        accelerator: Any,
+        meter: Meter,
+        reporter: Reporter,
+        output: Path,
+        started: float,
+        evaluate: Callable[[int], list[Score]],
+        resume: tuple[Path, Progress] | None,
+    ) -> None:
+        self.recipe, self.learner, self.engine, self.data = recipe, learner, engine, data
+        self.accelerator, self.meter, self.reporter = accelerator, meter, reporter
+        self.output, self.started, self._evaluate = output, started, evaluate
+        self.total = updates_of(recipe, len(data.train))
+        loop = recipe.loop
+        self._order = Order(
+            [row.length for row in data.train], loop.global_batch_size, self.total, loop.seed
+        )
+        self._warmup = round(loop.warmup_ratio * self.total)
+        self.scores: list[Score] = []
+        self.progress = Progress(0, recipe.digest, recipe.resolved(), loop.micro_batch_size)
+        if resume is not None:
+            folder, self.progress = resume
+            self.scores = [Score(**s) for s in self.progress.scores]
+            checkpoint.load(accelerator, folder)
+        self._losses = Losses(output, accelerator.is_main_process, self.progress)
+        self._made_here = 0
+        self._timed: list[tuple[float, float]] = []
+        self._steady: contextlib.ExitStack | None = None
+        self._stop_asked = False
+        self.checkpoint_bytes: int | None = None
+        self.train_seconds = 0.0
+
+    def updates(self) -> Iterator[tuple[int, Sequence[Row]]]:
+        self.reporter.begin(self.progress.step, self.total)
+        with self._stop_between_updates():
+            for step in range(self.progress.step, self.total):
+                yield step, [self.data.train[i] for i in self._order.rows(step)]
+        self.close()
+        if self.recipe.loop.save_every is not None and self._made_here:
+            self._save()
+
+    def update(self, step: int, rows: Sequence[Row]) -> float:
+        recipe = self.recipe
+        if not self.learner.base.training:
+            self.learner.base.train()
+        start = time.perf_counter()
+        with self._measured():
+            recipe.freezing.before_update(self.learner.base, step)
+            recipe.method.before_update(self.learner.base, step)
+            loss_sum, targets, tokens = self._gradients(step, rows)
+            loss = loss_sum / targets
+            if loss != loss or abs(loss) == float("inf"):
+                raise errors.Diverged(
+                    f"the loss of update {step + 1} is {loss}; lower optimizer.lr (now "
+                    f"{values(recipe.optimizer).get('lr')}), set loop.max_grad_norm, or use "
+                    "loop.precision: bf16 instead of fp16"
+                )
+            factor = schedule.factor(recipe.loop.schedule, step, self.total, self._warmup)
+            norm = self._step(factor)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize(self.accelerator.device)
+        seconds = time.perf_counter() - start
+        self.train_seconds += seconds
+        self._made_here += 1
+        if self._made_here > PROBED_UPDATES + WARM_UP_UPDATES:
+            self._timed.append((seconds, tokens))
+        rate = self.engine.optimizer.param_groups[0]["lr"]
+        self.progress.step = step + 1
+        self.progress.losses.append(loss)
+        self.progress.learning_rates.append(rate)
+        self._losses.add(step + 1, loss, rate, norm, tokens / seconds)
+        if recipe.loop.trackers:
+            self.accelerator.log({"loss": loss, "learning_rate": rate}, step=step + 1)
+        self.reporter.update(step + 1, loss, tokens / seconds, self.accelerator.device)
+        return loss
+
+    def after(self, step: int) -> None:
+        loop, made = self.recipe.loop, step + 1
+        if loop.eval_every and made % loop.eval_every == 0 and made < self.total:
+            self.evaluate()
+        if loop.save_every and made % loop.save_every == 0 and made < self.total:
+            self._save()
+        if made < self.total:
+            self._stop_if_asked_or_over_budget()
+
+    def evaluate(self) -> list[Score]:
+        """Score now; the scores are kept and shown."""
+        self.close()
+        found = self._evaluate(self.progress.step)
+        self.scores += found
+        self.progress.scores = [vars(s) for s in self.scores]
+        self.reporter.scores(found)
+        return found
+
+    def event(self, kind: str, text: str) -> None:
+        """Note something that a reader of the record should know, and say it."""
+        self.progress.events.append(Event(self.progress.step, kind, text))
+        self.reporter.say(text)
+
+    def step_time(self) -> StepTime | None:
+        """Percentiles over the timed updates; None when there were fewer than two."""
+        if len(self._timed) < 2:
+            return None
+        seconds = [s for s, _ in self._timed]
+        cuts = statistics.quantiles(seconds, n=10, method="inclusive")
+        return StepTime(
+            n=len(seconds),
+            p20_seconds=cuts[1],
+            p50_seconds=statistics.median(seconds),
+            p80_seconds=cuts[7],
+            tokens_per_second=sum(t for _, t in self._timed) / sum(seconds),
+        )
+
+    def close(self) -> None:
+        """End the measurement of steady steps (it goes on with the next update)."""
+        if self._steady is not None:
+            self._steady.close()
+            self._steady = None
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """The tensors that are alive between updates."""
+        return tensors_of(self.learner.base, self.engine.optimizer)
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
+        if self._made_here == 0:
+            with self.meter.phase("first_step", self.held):
+                yield
+        elif self._made_here < PROBED_UPDATES:
+            with self.meter.phase("steady_steps", self.held):
+                yield
+        else:
+            if self._steady is None:
+                self._steady = contextlib.ExitStack()
+                self._steady.enter_context(self.meter.phase("steady_steps"))
+            yield
+
+    def _gradients(self, step: int, rows: Sequence[Row]) -> tuple[float, float, float]:
+        """Gradients of the mean loss over the global batch; the loss sum, targets and tokens in it."""
+        while True:
+            try:
+                return self._try_gradients(step, rows)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                message = str(error).partition("\n")[0]
+            # Outside the handler: the exception's traceback would keep the activations alive.
+            self.engine.discard()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            size = self.progress.micro_batch_size
+            if self.accelerator.num_processes > 1:
+                raise errors.OutOfMemory(
+                    f"out of memory at micro-batch {size} in one of several processes ({message}); "
+                    f"set loop.micro_batch_size to {max(1, size // 2)} and --resume"
+                )
+            if size == 1:
+                raise errors.OutOfMemory(
+                    f"out of memory at micro-batch 1 ({message}); lower loop.max_length, add the lever "
+                    "gradient_checkpointing, or train less (method lora, freezing prefix)"
+                )
+            self.progress.micro_batch_size = -(-size // 2)
+            self.event(
+                "out_of_memory",
+                f"update {step + 1} ran out of memory at micro-batch {size}; it is repeated at "
+                f"{self.progress.micro_batch_size} with the same global batch",
+            )
+
+    def _try_gradients(self, step: int, rows: Sequence[Row]) -> tuple[float, float, float]:
+        accelerator, objective = self.accelerator, self.recipe.objective
+        share = -(-len(rows) // accelerator.num_processes)
+        own = rows[accelerator.process_index * share :][:share]
+        size = self.progress.micro_batch_size
+        side = objective.padding_side("train", self.recipe.task, self.learner.kind)
+        pad_id = int(self.learner.tokenizer.pad_token_id)
+        batches = [collate(own[i : i + size], pad_id, side) for i in range(0, len(own), size)]
+        tokens = float(sum(int(b["attention_mask"].sum()) for b in batches))
+        own_targets = float(sum(objective.targets(b) for b in batches))
+        targets, tokens = accelerate.sum_over_processes(accelerator, [own_targets, tokens])
+        # A function of seed, update and process alone: a repeated or resumed update draws the same dropout.
+        torch.manual_seed(_seed(self.recipe.loop.seed, step, accelerator.process_index))
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for number, batch in enumerate(batches):
+            batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+            with accelerator.autocast():
+                loss = objective.loss(self.learner, batch)
+            self.engine.accumulate(loss, 1.0 / targets, last=number == len(batches) - 1)
+            loss_sum += loss.detach().double().cpu()
+            del loss
+        (total,) = accelerate.sum_over_processes(accelerator, [float(loss_sum)])
+        return total, targets, tokens
+
+    def _step(self, factor: float) -> float | None:
+        try:
+            return self.engine.update(factor, self.recipe.loop.max_grad_norm)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise errors.OutOfMemory(
+                f"out of memory in the optimizer step ({error}); its states do not shrink with the "
+                "micro-batch: train fewer parameters (method lora) or freeze more"
+            ) from error
+
+    def _save(self) -> None:
+        self.close()
+        with self.meter.phase("save"):
+            self.checkpoint_bytes = checkpoint.save(
+                self.accelerator, self.output, self.progress, self.recipe.loop.keep_checkpoints
+            )
+
+    def _stop_if_asked_or_over_budget(self) -> None:
+        budget = self.recipe.budget
+        minutes = (time.monotonic() - self.started) / 60
+        late = budget.minutes is not None and minutes > budget.minutes
+        resident = self.reporter.resident_bytes()
+        heavy = budget.host_gib is not None and resident > gib_to_bytes(budget.host_gib)
+        asked, late_any, heavy_any = accelerate.sum_over_processes(
+            self.accelerator, [float(self._stop_asked), float(late), float(heavy)]
+        )
+        if not (asked or late_any or heavy_any):
+            self._stop_if_disk_is_over_budget()
+            return
+        self._save()
+        where = f"{self.output}/checkpoint-{self.progress.step}"
+        if asked:
+            raise errors.Interrupted(f"stopped after update {self.progress.step}; saved {where}")
+        if late_any:
+            raise errors.OutOfTime(
+                f"budget.minutes {budget.minutes} is used up after update {self.progress.step} of "
+                f"{self.total}; saved {where}, --resume goes on"
+            )
+        raise errors.OutOfMemory(
+            f"resident memory {format_bytes(resident)} is over budget.host_gib {budget.host_gib}; saved "
+            f"{where}; lower loop.micro_batch_size or raise the budget and --resume"
+        )
+
+    def _stop_if_disk_is_over_budget(self) -> None:
+        disk = self.recipe.budget.disk_gib
+        saved_now = self.recipe.loop.save_every and self.progress.step % self.recipe.loop.save_every == 0
+        if disk is None or not saved_now:
+            return
+        used = checkpoint.folder_bytes(self.output)
+        if used > gib_to_bytes(disk):
+            raise errors.LowresError(
+                f"the output folder takes {format_bytes(used)}, over budget.disk_gib {disk}; lower "
+                "loop.keep_checkpoints or raise the budget and --resume"
+            )
+
+    @contextlib.contextmanager
+    def _stop_between_updates(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the update under way; a second Ctrl-C at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._stop_asked:
+                raise KeyboardInterrupt
+            self._stop_asked = True
+            self.reporter.say("stopping after this update; press Ctrl-C again to stop at once")
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _seed(seed: int, step: int, process: int) -> int:
+    # An odd multiplier keeps neighbouring (seed, step, process) apart within 63 bits.
+    return (seed * 1_000_003 + step * 10_007 + process * 7_919_999_983 + 1) % (1 << 63)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in text

@@ -1,0 +1,30 @@
+"""What tasks that ask for a label share: their scores and their baseline."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lowres.core.example import Example, Prediction
+from lowres.core.metrics import Metric, accuracy, matthews
+
+
+def score_labels(
+    examples: Sequence[Example], predictions: Sequence[Prediction]
+) -> dict[str, Metric]:
+    """Accuracy and Matthews correlation of predicted classes against the examples' labels."""
+    gold = [_class(example.label) for example in examples]
+    predicted = [_class(prediction.value) for prediction in predictions]
+    return {"accuracy": accuracy(gold, predicted), "matthews": matthews(gold, predicted)}
+
+
+def majority(train: Sequence[Example]) -> Prediction:
+    """The most frequent label; the smallest of them when several are."""
+    counts = Counter(_class(example.label) for example in train)
+    return Prediction(min(counts, key=lambda label: (-counts[label], label)))
+
+
+def _class(value: object) -> int:
+    # A label task whose rows or predictions lack a class is a bug of the task or of the objective.
+    assert isinstance(value, int), f"not a class: {value!r}"
+    return value

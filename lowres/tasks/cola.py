@@ -1,0 +1,68 @@
+"""Is an English sentence acceptable? Sentences from linguistics publications.
+
+Paper: Neural Network Acceptability Judgments, Warstadt, Singh and Bowman 2018.
+https://arxiv.org/abs/1805.12471
+
+In-domain rows come from the 17 sources of the training rows, out-of-domain rows from 6 others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lowres.core.example import Asks, Example, Prediction
+from lowres.core.metrics import Metric
+from lowres.core.parts import Task, part
+from lowres.tasks import _classification, _files, _labelled
+from lowres.tasks._labelled import Source
+
+_COMMON: Any = {"text": "sentence", "label": "label", "spellings": ("0", "1")}
+_SOURCES = {
+    "train": Source("in_domain_train", hub=("nyu-mll/glue", "cola", "train"), **_COMMON),
+    # GLUE's validation split is the in-domain file followed by the out-of-domain file.
+    "in_domain": Source(
+        "in_domain_dev",
+        hub=("nyu-mll/glue", "cola", "validation"), hub_rows=(0, 527), **_COMMON,
+    ),
+    "out_of_domain": Source(
+        "out_of_domain_dev",
+        hub=("nyu-mll/glue", "cola", "validation"), hub_rows=(527, None), **_COMMON,
+    ),
+}  # fmt: skip
+
+
+@part
+class Cola(Task):
+    """Metric: Matthews correlation.
+
+    Args:
+        folder: Local folder; None takes `cola` under the data folder, else the hub.
+    """
+
+    version: ClassVar[int] = 1
+    asks: ClassVar[Asks] = "label"
+    labels: ClassVar[tuple[str, ...]] = ("unacceptable", "acceptable")
+    metric: ClassVar[str] = "matthews"
+    pattern: ClassVar[str] = "{text} ?"  # minimal pattern of Mosbach et al. 2023
+    label_words: ClassVar[tuple[str, ...]] = (" No", " Yes")
+
+    folder: str | None = None
+
+    def splits(self) -> tuple[str, ...]:
+        return _labelled.available(_SOURCES, self._folder())
+
+    def examples(self, split: str) -> Sequence[Example]:
+        return _labelled.examples(split, _SOURCES[split], self._folder())
+
+    def score(
+        self, examples: Sequence[Example], predictions: Sequence[Prediction]
+    ) -> Mapping[str, Metric]:
+        return _classification.score_labels(examples, predictions)
+
+    def baseline(self, train: Sequence[Example], examples: Sequence[Example]) -> Prediction:
+        return _classification.majority(train)
+
+    def _folder(self) -> Path | None:
+        return _files.folder_of("cola", self.folder)
