@@ -74,6 +74,7 @@ class Learner:
         base: The model itself, never wrapped.
         tokenizer: Its tokenizer.
         kind: decoder, encoder or encoder_decoder.
+        head: What its output is.
         blocks: The map of its parameters.
     """
 
@@ -81,6 +82,7 @@ class Learner:
     base: nn.Module
     tokenizer: Any
     kind: Kind
+    head: Head
     blocks: Blocks
 
     def logits(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,7 +95,7 @@ class Learner:
                 model can leave them out. The result is then (B, U, V).
         """
         inputs = {k: v for k, v in batch.items() if k != "labels"}
-        if self.kind == "encoder_decoder" and "decoder_input_ids" not in inputs:
+        if self.head == "seq2seq":
             inputs["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
         if positions is None:
             return cast("torch.Tensor", self.module(**inputs).logits)
@@ -120,11 +122,16 @@ class Learner:
 
         labels = batch["labels"]
         logits = self.logits(batch)
-        if self.kind == "decoder":
+        if self.head == "causal":
             # Shifting the labels instead of the logits saves a (B, T - 1, V) copy.
             labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        flat = logits.float().view(-1, logits.shape[-1])
+        flat = wide(logits).view(-1, logits.shape[-1])
         return -F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none")
+
+
+def wide(scores: torch.Tensor) -> torch.Tensor:
+    """Scores in float32, or as they are when they are wider: a loss is never summed in 16 bits."""
+    return scores.float() if scores.element_size() < 4 else scores
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:

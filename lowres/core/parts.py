@@ -45,6 +45,8 @@ class Part:
     """What every family shares."""
 
     family: ClassVar[str]
+    sample_fields: ClassVar[Mapping[str, Any]] = {}
+    """Values for fields without a default, for documentation and the contract tests."""
 
     @property
     def name(self) -> str:
@@ -78,6 +80,8 @@ class Task(Part):
     metric: ClassVar[str]
     pattern: ClassVar[str] = "{text}"
     label_words: ClassVar[tuple[str, ...]] = ()
+    published_overlap: ClassVar[int] = 0
+    """Evaluation rows that also stand in the training split, in the data as published."""
 
     train_examples: PositiveInt | None = None
     data_seed: int = 0
@@ -176,6 +180,10 @@ class Objective(Part):
     def predict(self, learner: Learner, batch: Batch, task: Task) -> list[Prediction]:
         """One prediction a row."""
         raise NotImplementedError
+
+    def longest(self, task: Task, max_length: int, kind: Kind) -> int:
+        """Tokens of the longest sequence that training or evaluation makes."""
+        return max_length
 
     def padding_side(self, purpose: Purpose, task: Task, kind: Kind) -> Literal["left", "right"]:
         """`left` where `predict` reads the next token off the last column."""

@@ -8,8 +8,8 @@ Departs from the paper: none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowres.core.errors import InputError, Problem
 from lowres.core.parts import Freezing, PositiveInt, part
@@ -27,6 +27,8 @@ class Prefix(Freezing):
     Args:
         frozen: Blocks to freeze, counted from the input (an encoder-decoder's encoder comes first).
     """
+
+    sample_fields: ClassVar[Mapping[str, Any]] = {"frozen": 1}
 
     frozen: PositiveInt
 

@@ -39,9 +39,12 @@ class Classification(Objective):
             texts = (example.text,) if example.pair is None else (example.text, example.pair)
             whole = encoder.tokenizer(*texts)
             kept = encoder.tokenizer(*texts, truncation=True, max_length=encoder.max_length)
-            cut = len(whole["input_ids"]) - len(kept["input_ids"])
+            inputs = {key: list(column) for key, column in kept.items()}
+            if encoder.kind == "encoder_decoder":
+                _end(inputs, encoder)
+            cut = max(0, len(whole["input_ids"]) - len(kept["input_ids"]))
             assert example.label is not None
-            rows.append(Row(example.id, dict(kept), [example.label], truncated=cut))
+            rows.append(Row(example.id, inputs, [example.label], truncated=cut))
         return rows
 
     def targets(self, batch: Batch) -> int:
@@ -50,8 +53,22 @@ class Classification(Objective):
     def loss(self, learner: Learner, batch: Batch) -> torch.Tensor:
         from torch.nn import functional as F
 
-        scores = learner.logits(batch).float()
+        from lowres.core.learner import wide
+
+        scores = wide(learner.logits(batch))
         return F.cross_entropy(scores, batch["labels"][:, 0], reduction="sum")
 
     def predict(self, learner: Learner, batch: Batch, task: Task) -> list[Prediction]:
         return [Prediction(int(c)) for c in learner.logits(batch).argmax(-1).tolist()]
+
+
+def _end(inputs: dict[str, list[int]], encoder: Encoder) -> None:
+    """Make the row end with the end token: encoder-decoders are read at exactly one of them."""
+    ids, end = inputs["input_ids"], encoder.tokenizer.eos_token_id
+    if ids[-1] == end:
+        return
+    if len(ids) == encoder.max_length:
+        ids[-1] = end
+        return
+    for key, column in inputs.items():
+        column.append(end if key == "input_ids" else column[-1])

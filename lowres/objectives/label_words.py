@@ -134,18 +134,20 @@ def _answers(learner: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor
     """Scores at the answer's position (B, V) in float32, and the word's id (B,)."""
     import torch
 
+    from lowres.core.learner import wide
+
     labels = batch["labels"]
     column_B = (labels != IGNORED).int().argmax(-1)
     words_B = labels.gather(1, column_B[:, None])[:, 0]
     if learner.kind == "encoder_decoder":
-        return learner.logits(batch)[:, 0].float(), words_B
+        return wide(learner.logits(batch)[:, 0]), words_B
     if learner.kind == "decoder":
         # The label stands one behind the pattern's last token, which is the position asked.
         column_B = column_B - 1
     columns_U, place_B = torch.unique(column_B, return_inverse=True)
     logits_BUV = learner.logits(batch, columns_U)
     rows_B = torch.arange(labels.shape[0], device=labels.device)
-    return logits_BUV[rows_B, place_B].float(), words_B
+    return wide(logits_BUV[rows_B, place_B]), words_B
 
 
 def _fit(example: Example, pattern: str, encoder: Encoder) -> tuple[list[int], int]:

@@ -59,6 +59,10 @@ class NextToken(Objective):
         texts = transformers.generate(learner.base, learner.tokenizer, batch, self.max_new_tokens)
         return [Prediction(text) for text in texts]
 
+    def longest(self, task: Task, max_length: int, kind: Kind) -> int:
+        generates = task.asks == "answer" and kind == "decoder"
+        return max_length + (self.max_new_tokens if generates else 0)
+
     def padding_side(self, purpose: Purpose, task: Task, kind: Kind) -> Literal["left", "right"]:
         generates = purpose == "predict" and task.asks == "answer"
         return "left" if generates and kind == "decoder" else "right"

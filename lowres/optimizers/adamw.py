@@ -8,8 +8,8 @@ Departs from the paper: biases and norm weights are not decayed (as transformers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ class Adamw(Optimizer):
         implementation: `fused` makes no parameter-sized temporary; `foreach` makes one of the size of
             all trained parameters; `loop` is slowest.
     """
+
+    sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
 
     lr: PositiveFloat
     betas: tuple[Beta, Beta] = (0.9, 0.999)

@@ -1,17 +1,25 @@
-"""A record as a table in the terminal."""
+"""Records as tables in the terminal: one in full, several side by side."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowres.core.record import RunRecord
+from lowres.core.record import RunRecord, Score
 from lowres.core.units import format_bytes, format_count, format_seconds
+
+PIPED_WIDTH = 200
+"""Columns when output is no terminal: a file has room, and folded cells are hard to search."""
 
 
 def print_record(record: RunRecord) -> None:
     """Scores beside memory and time, in that order."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     measured = record.measured
     console.print(f"{record.id}: {record.outcome}" + (f" ({record.error})" if record.error else ""))
     _scores(console, record)
@@ -42,7 +50,65 @@ def print_record(record: RunRecord) -> None:
             f"{format_seconds(record.seconds)} in all"
         )
     for event in record.events:
-        console.print(f"event after update {event.step}: {event.kind}: {event.text}", markup=False)
+        console.print(f"event after update {event.step}: {event.kind}: {event.text}")
+
+
+def print_comparison(records: Sequence[RunRecord]) -> None:
+    """One row a record, and under the table the error of each that failed."""
+    console = _console()
+    header, rows = comparison(records)
+    table = Table(box=box.SIMPLE)
+    for i, name in enumerate(header):
+        table.add_column(name, overflow="fold", justify="left" if 0 < i < 4 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for number, record in enumerate(records, start=1):
+        if record.error:
+            console.print(f"{number}: {record.outcome}: {record.error}")
+
+
+def comparison(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: number, id, method, outcome, a column for each split's main metric, costs."""
+    columns = list(dict.fromkeys((s.split, s.metric) for r in records for s in main_scores(r)))
+    header = ["#", "id", "method", "outcome", *(f"{split} {metric}" for split, metric in columns),
+              "peak live bytes", "peak resident bytes", "p50 step time", "trainable parameters"]  # fmt: skip
+    rows = []
+    for number, r in enumerate(records, start=1):
+        found = {(s.split, s.metric): s for s in main_scores(r)}
+        m = r.measured
+        rows.append([
+            str(number), r.id, part_name(r, "method"), r.outcome,
+            *(format_score(found.get(column)) for column in columns),
+            format_bytes(m.peak_live_bytes), format_bytes(m.peak_resident_bytes),
+            format_seconds(m.step_time.p50_seconds if m.step_time else None),
+            format_count(m.parameters.trainable) if m.parameters else "-",
+        ])  # fmt: skip
+    return header, rows
+
+
+def main_scores(record: RunRecord) -> list[Score]:
+    """The first metric of each split in the last evaluation; tasks put their main metric first."""
+    first: dict[str, Score] = {}
+    for s in record.final_scores():
+        first.setdefault(s.split, s)
+    return list(first.values())
+
+
+def format_score(score: Score | None) -> str:
+    return "-" if score is None else f"{score.value:.4f} ± {score.stderr:.4f}"
+
+
+def part_name(record: RunRecord, family: str) -> str:
+    """The part a record's recipe names for a family; `-` when it names none."""
+    part = record.recipe.get(family)
+    return str(part.get("name", "-")) if isinstance(part, dict) else str(part or "-")
+
+
+def _console() -> Console:
+    # Markup off: an error or a recipe may hold [brackets], which are words here and not styles.
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=wide)
 
 
 def _scores(console: Console, record: RunRecord) -> None:

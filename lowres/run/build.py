@@ -81,22 +81,25 @@ def read(recipe: Recipe) -> Inputs:
     tokenizer = transformers.load_tokenizer(
         wanted.checkpoint, wanted.revision, wanted.trust_remote_code, wanted.pad_token
     )
-    _stop_at_position_limit(recipe, config, tokenizer)
+    _stop_at_position_limit(recipe, config, tokenizer, kind)
     encoder = Encoder(tokenizer, kind, recipe.loop.max_length)
     data = data_module.prepare(recipe, encoder, config.get_text_config().vocab_size)
     return Inputs(config, kind, recipe.objective.heads[kind], tokenizer, encoder, data)
 
 
-def _stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any) -> None:
+def _stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: Kind) -> None:
     limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     limit = min(x for x in (*limits, 1 << 40) if isinstance(x, int) and x > 0)
-    if recipe.loop.max_length > limit:
+    longest = recipe.objective.longest(recipe.task, recipe.loop.max_length, kind)
+    if longest > limit:
+        generated = longest - recipe.loop.max_length
+        tail = f" (with {generated} generated tokens: {longest})" if generated else ""
         raise InputError(
             "the recipe",
             [
                 Problem(
                     "loop.max_length",
-                    f"{recipe.loop.max_length} is more than the {limit} positions of the model",
+                    f"{recipe.loop.max_length}{tail} is more than the {limit} positions of the model",
                 )
             ],
         )
@@ -122,7 +125,7 @@ def assemble(recipe: Recipe, inputs: Inputs) -> Built:
     seed = recipe.loop.seed
     model, fresh = transformers.load_model(request, inputs.config, inputs.encoder.pad_id, seed)
     blocks = transformers.map_blocks(model, fresh, recipe.model.init == "pretrained")
-    learner = Learner(model, model, inputs.tokenizer, inputs.kind, blocks)
+    learner = Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
     learner.blocks = recipe.freezing.blocks(learner, _sample(recipe, inputs))
     torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 """The words of `grammaticality`, in two tables that share no word: KNOWN and HELD_OUT.
 
-A table holds a class of words as one string. Forms are divided by `/`; those that follow the regular
-rule are left out: `child/children`, `take/took/taken`, `sit/sat/sat/sitting`, `sad/sadder`. A word
-is in a class only if every sentence of `_grammar` that draws from the class comes out right:
+A table holds a class of words as one string. Forms are divided by `/`; those that follow the
+regular rule are left out: `child/children`, `take/took/taken`, `sit/sat/sat/sitting`, `sad/sadder`.
+A word is in a class only if every sentence of `_grammar` that draws from it comes out right:
 
     strict, people_verbs    cannot do without an object ("she fetched at noon" must be wrong)
     intransitive            cannot take one ("she arrived the lamp" must be wrong)
@@ -41,19 +41,19 @@ KNOWN: Mapping[str, str] = {
         Oliver""",
     "female_names": """Mary Anne Jane Elizabeth Emma Margaret Alice Catherine Helen Emily Charlotte
         Sarah Lucy Fanny Dorothy Agnes Clara Eleanor Harriet Ellen Martha Julia Isabel Maria""",
-    "strict": """bring/brought admire describe examine fetch carry discover seize obtain mention
-        receive guard""",
+    "strict": """bring/brought describe fetch carry discover seize mention raise rescue restore
+        mislay/mislaid grasp""",
     "transitive": """buy/bought sell/sold hide/hid/hidden steal/stole/stolen drop/dropped
         lose/lost hold/held choose/chose/chosen borrow clean pack throw/threw/thrown paint mend
-        touch wash send/sent weigh lift collect count watch""",
+        touch wash send/sent weigh lift collect count watch admire examine obtain receive guard""",
     "people_verbs": """greet thank follow help visit praise blame invite meet/met trust
         teach/taught recognise punish comfort join rescue obey deceive protect surprise annoy
         frighten warn love""",
     "reflexive": """blame praise defend wash dress admire introduce excuse deceive amuse warm save
         pity comfort protect""",
     "intransitive": """arrive sleep/slept laugh weep/wept smile tremble kneel/knelt disappear
-        listen linger faint depart wait""",
-    "activities": """walk dance work play talk sing/sang/sung pray live sit/sat/sat/sitting
+        listen linger faint depart""",
+    "activities": """walk wait dance work play talk sing/sang/sung pray live sit/sat/sat/sitting
         stand/stood rest cry whistle wander""",
     "irregular": """write/wrote/written=a_long_letter|several_letters|a_short_story
         break/broke/broken=the_glass|the_old_window|a_wooden_chair
@@ -71,14 +71,14 @@ KNOWN: Mapping[str, str] = {
         draw/drew/drawn=a_small_picture|a_map_of_the_village
         fall/fell/fallen=into_the_water|from_the_bridge|down_the_stairs
         go/went/gone=to_the_village|into_the_garden|to_the_market
-        do/did/done=the_work|a_great_wrong|nothing
+        do/did/done=the_work|a_great_wrong|the_work_again
         rise/rose/risen=from_the_chair|from_the_table|very_early
         give/gave/given=the_money_to_the_poor|a_book_to_the_child""",
     "short": """tall old young brave kind rich poor strong weak proud wise clever happy gentle
-        quick slow bold calm noble sad/sadder thin/thinner angry quiet""",
+        lonely bold calm noble sad/sadder thin/thinner angry quiet""",
     "long": """careful beautiful patient generous famous cheerful curious dangerous faithful
         foolish modest nervous obedient intelligent serious stubborn powerful anxious cautious
-        graceful ambitious""",
+        graceful ambitious loyal""",
     "of_things": """heavy small large dirty new old red black white strange plain blue green pretty
         ugly expensive beautiful""",
     "mass": "",
@@ -86,7 +86,7 @@ KNOWN: Mapping[str, str] = {
 
 HELD_OUT: Mapping[str, str] = {
     "men": "baron bridegroom fisherman/fishermen nobleman/noblemen widower wizard",
-    "women": "countess widow bride landlady actress heiress",
+    "women": "countess widow bride landlady actress empress",
     "people": """butcher blacksmith weaver pupil orphan guest pirate dancer magistrate messenger
         surgeon peasant cobbler tenant pilgrim porter astronomer architect""",
     "things": """lantern bucket necklace teapot hammer pillow bracelet handkerchief shelf/shelves
@@ -97,13 +97,13 @@ HELD_OUT: Mapping[str, str] = {
         in:cathedral""",
     "male_names": "Martin Andrew Joseph Patrick Oscar Leonard Matthew Nicholas Gilbert Harold",
     "female_names": "Susan Caroline Rachel Louisa Matilda Edith Amelia Judith Bertha Rebecca",
-    "strict": """destroy damage decorate inspect conceal abandon snatch unwrap/unwrapped purchase
-        acquire""",
-    "transitive": "polish measure scratch bury drag/dragged tear/tore/torn sketch",
+    "strict": "destroy damage inspect conceal abandon snatch acquire retrieve ruin overlook",
+    "transitive": """polish measure scratch bury drag/dragged tear/tore/torn sketch decorate
+        unwrap/unwrapped purchase""",
     "people_verbs": """scold insult accompany congratulate envy flatter arrest embrace accuse betray
         mock reward""",
     "reflexive": "flatter mock accuse scold congratulate injure disguise betray reward",
-    "intransitive": """snore shiver yawn stumble crawl limp vanish hesitate loiter doze sneeze
+    "intransitive": """snore sob/sobbed yawn stumble crawl limp shudder hesitate loiter doze sneeze
         swoon""",
     "activities": "shout whisper chatter gallop",
     "irregular": """ride/rode/ridden=a_grey_pony|a_camel_across_the_desert

@@ -52,6 +52,13 @@ class Draw:
     def person(self) -> Noun:
         return self.one(self.words.men + self.words.women + self.words.people)
 
+    def couple(self) -> tuple[Noun, Noun]:
+        """Two different persons."""
+        first, second = self.person(), self.person()
+        while first == second:
+            second = self.person()
+        return first, second
+
     def quality(self) -> str:
         return self.one(self.one((tuple(a for a, _ in self.words.short), self.words.long)))
 
@@ -78,9 +85,10 @@ class Draw:
         plural = self.coin() if plural is None else plural
         return self.phrase(self.one(self.words.things), plural, self.words.of_things)
 
-    def subject(self) -> str:
-        """A person, by name or by noun, in the singular."""
-        return self.name() if self.rng.random() < 0.3 else self.someone(False)
+    def subject(self, plural: bool = False) -> str:
+        """A person, in the singular now and then by name."""
+        named = not plural and self.rng.random() < 0.3
+        return self.name() if named else self.someone(plural)
 
     def place(self) -> str:
         noun = self.one(self.words.places)
@@ -95,16 +103,18 @@ class Draw:
             return self.swap(verb.third, verb.base, plural), rest
         if kind == 1:
             verb = self.deed()
-            return self.swap(verb.third, verb.base, plural), f"{self.something()} {self.place()}"
+            rest = self.one((self.something(), f"{self.something()} {self.one(HABITS)}"))
+            return self.swap(verb.third, verb.base, plural), rest
         if kind == 2:
             forms = self.one((("is", "are"), ("was", "were")))
             return self.swap(*forms, plural), self.one((f"very {self.quality()}", self.place()))
         return self.swap("has", "have", plural), f"{self.deed().participle} {self.something()}"
 
-    def verb_group(self, kind: str, plural: bool) -> tuple[str, str]:
-        """An auxiliary that asks for a base form, a participle or a gerund."""
-        return {
-            "base": (self.one(MODALS), "base"),
-            "participle": ("have" if plural else "has", "participle"),
-            "gerund": (self.one(("are", "were") if plural else ("is", "was")), "gerund"),
-        }[kind]
+    def auxiliary(self, form: str, plural: bool = False) -> str:
+        """One that asks for this form of the verb: `base`, `participle` or `gerund`."""
+        options = {
+            "base": MODALS,
+            "participle": ("have" if plural else "has",),
+            "gerund": ("are", "were") if plural else ("is", "was"),
+        }
+        return self.one(options[form])

@@ -46,6 +46,7 @@ class Cola(Task):
     labels: ClassVar[tuple[str, ...]] = ("unacceptable", "acceptable")
     metric: ClassVar[str] = "matthews"
     pattern: ClassVar[str] = "{text} ?"  # minimal pattern of Mosbach et al. 2023
+    published_overlap: ClassVar[int] = 18
     label_words: ClassVar[tuple[str, ...]] = (" No", " Yes")
 
     folder: str | None = None

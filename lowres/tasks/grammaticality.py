@@ -1,7 +1,7 @@
 """Tell grammatical sentences from ungrammatical ones; embedded, so it needs no download.
 
-Source: own grammar and lexicon, made for this project; in the manner of BLiMP (Warstadt et al. 2020,
-https://arxiv.org/abs/1912.00582): minimal pairs of sentences that differ in one point.
+Source: own grammar and lexicon, made for this project; in the manner of BLiMP (Warstadt et al.
+2020, https://arxiv.org/abs/1912.00582): minimal pairs of sentences that differ in one point.
 
 Phenomena: agreement of subject and verb (simple, across a prepositional phrase, across a relative
 clause) and of determiner and noun; gender and number of reflexives; the verb form after an
@@ -9,9 +9,10 @@ auxiliary; irregular verb forms; negation and do-support; word order; negative p
 case; inversion in questions; comparison; transitivity.
 Held out: agreement after "there", the passive voice, "much" and "many", gerund or infinitive.
 
-Sizes, half of each grammatical: `train` 6,000 rows; `in_domain` 1,000 rows of the same phenomena and
-words in other sentences; `out_of_domain` 1,000 rows of words that `train` lacks, half of them of the
-phenomena of `train` and half of those held out. Both sentences of a pair are in the same split.
+Sizes, half of each grammatical: `train` 6,000 rows; `in_domain` 1,000 rows of the same phenomena
+and words in other sentences; `out_of_domain` 1,000 rows with nouns, names, adjectives and verbs
+that `train` lacks, half of them of the phenomena of `train` and half of those held out. Both
+sentences of a pair are in the same split.
 """
 
 from __future__ import annotations
@@ -107,11 +108,12 @@ def _new(name: str, phenomena: _grammar.Phenomena, draw: Draw, seen: set[str]) -
 @functools.lru_cache(maxsize=2)
 def _rows(seed: int) -> dict[str, tuple[Example, ...]]:
     """The rows of each split, shuffled; an id names the split, the row and the phenomenon."""
+    rng = random.Random(seed)
     rows = {}
     for split, made in pairs(seed).items():
         labelled = [(p.phenomenon, p.right, 1) for p in made]
         labelled += [(p.phenomenon, p.wrong, 0) for p in made]
-        random.Random(f"{seed}-{split}").shuffle(labelled)
+        rng.shuffle(labelled)
         rows[split] = tuple(
             Example(id=f"{split}-{i}-{phenomenon}", text=text, label=label)
             for i, (phenomenon, text, label) in enumerate(labelled)

@@ -43,6 +43,7 @@ class Sst2(Task):
     labels: ClassVar[tuple[str, ...]] = ("negative", "positive")
     metric: ClassVar[str] = "accuracy"
     pattern: ClassVar[str] = "{text} It was"
+    published_overlap: ClassVar[int] = 2
     label_words: ClassVar[tuple[str, ...]] = (" terrible", " great")
 
     folder: str | None = None

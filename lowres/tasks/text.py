@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from lowres.core.errors import InputError
 from lowres.core.example import Asks, Example, Prediction
@@ -32,6 +32,10 @@ class Text(Task):
     version: ClassVar[int] = 1
     asks: ClassVar[Asks] = "likelihood"
     metric: ClassVar[str] = "perplexity"
+    sample_fields: ClassVar[Mapping[str, Any]] = {
+        "files": ("pretrain/books_valid.txt.xz",),
+        "valid_files": ("pretrain/tinyshakespeare.txt.gz",),
+    }
 
     files: tuple[str, ...]
     valid_files: tuple[str, ...] = ()

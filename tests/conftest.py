@@ -1,0 +1,143 @@
+"""Tiny checkpoints of each model kind, made once a session, and recipes over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("LOWRES_DATA", str(ROOT.parent / "shared" / "data"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+KINDS = ("decoder", "encoder", "encoder_decoder")
+SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_maker() -> Callable[..., Any]:
+    """A byte-level BPE tokenizer over the embedded grammar's words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from lowres.core import registry
+
+    task = registry.load("task", "grammaticality")()
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    words = [e.text for e in task.examples("train")[:1500]] + [" Yes No great terrible ?"] * 2000
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+
+    def make(**changes: Any) -> Any:
+        names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>",
+                 "mask_token": "<mask>", "unk_token": "<unk>"} | changes  # fmt: skip
+        named = {k: v for k, v in names.items() if v is not None}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **named)
+
+    return make
+
+
+def tiny_config(kind: str) -> Any:
+    from transformers import BertConfig, OPTConfig, T5Config
+
+    vocab = 640
+    if kind == "decoder":
+        return OPTConfig(
+            vocab_size=vocab, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32,
+            num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=64,
+            dropout=0.0, attention_dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+    if kind == "encoder":
+        return BertConfig(
+            vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=64, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, pad_token_id=0,
+        )  # fmt: skip
+    return T5Config(
+        vocab_size=vocab, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_maker: Callable[..., Any]
+) -> dict[str, Path]:
+    """Kind to a folder with random weights, small enough for a step in milliseconds."""
+    import torch
+    from transformers import BertForMaskedLM, OPTForCausalLM, T5ForConditionalGeneration
+
+    classes = {
+        "decoder": OPTForCausalLM,
+        "encoder": BertForMaskedLM,
+        "encoder_decoder": T5ForConditionalGeneration,
+    }
+    out = {}
+    for kind, cls in classes.items():
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(kind)
+        cls(tiny_config(kind)).save_pretrained(folder)
+        tokenizer_maker().save_pretrained(folder)
+        out[kind] = folder
+    return out
+
+
+@pytest.fixture(scope="session")
+def raw_recipe(checkpoints: dict[str, Path]) -> Callable[..., dict[str, Any]]:
+    """The keys of a small valid recipe; keyword arguments replace sections."""
+
+    def make(kind: str = "decoder", **changes: Any) -> dict[str, Any]:
+        loop = {
+            "steps": 4, "micro_batch_size": 4, "global_batch_size": 8, "max_length": 32,
+            "eval_batch_size": 16,
+        } | changes.pop("loop", {})  # fmt: skip
+        return {
+            "model": {"checkpoint": str(checkpoints[kind])} | changes.pop("model", {}),
+            "task": {"name": "grammaticality", "train_examples": 48, "eval_examples": 16},
+            "method": "full",
+            "objective": "classification",
+            "optimizer": {"name": "adamw", "lr": 1e-3},
+            "loop": loop,
+        } | changes
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def recipe(raw_recipe: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+    """A small valid Recipe; see `raw_recipe`."""
+    from lowres.core.recipe import load_recipe
+
+    return lambda kind="decoder", **changes: load_recipe(raw_recipe(kind, **changes))
+
+
+def sample_part(family: str, name: str) -> dict[str, Any]:
+    """The recipe keys of a part, with what it declares for fields without a default."""
+    from lowres.core import registry
+
+    return {"name": name, **registry.load(family, name).sample_fields}
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder, so that `runs/` lands in it."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path

@@ -1,0 +1,218 @@
+"""What every method promises, without naming one (docs/adding.md)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowres.core import registry
+from lowres.core.errors import InputError
+from lowres.run.build import Built, build
+from tests.conftest import KINDS, sample_part
+
+METHODS = registry.names("method")
+HEADS = {"decoder": "next_token", "encoder": "classification", "encoder_decoder": "next_token"}
+LETTERS = "abcdefghijklmnop"
+
+
+def test_there_are_methods() -> None:
+    """Behaviour: a suite over an empty listing would pass without testing."""
+    assert len(METHODS) >= 3
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make(recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., tuple[Any, Built]]:
+    """A recipe and what is built from it; refused pairs (a reason from the method) end the test."""
+
+    def made(kind: str, method: str, **changes: Any) -> tuple[Any, Built]:
+        text = tmp_path / "text.txt"
+        text.write_text("\n\n\n".join(f"The {w} sees the old {w}. " * 4 for w in LETTERS))
+        task: Any = {"name": "text", "files": [str(text)]}
+        if HEADS[kind] == "classification":
+            task = {"name": "grammaticality", "train_examples": 16}
+        one = recipe(
+            kind, task=task, method=sample_part("method", method), objective=HEADS[kind], **changes
+        )
+        try:
+            return one, build(one)
+        except InputError as refusal:
+            assert method in str(refusal) or "targets" in str(refusal)
+            pytest.skip(f"refused: {refusal.problems[0].text}")
+
+    return made
+
+
+def batch_of(built: Built, rows: int = 4) -> Any:
+    return built.collator(built.train_rows[:rows])
+
+
+def loss_of(recipe: Any, built: Built, batch: Any) -> torch.Tensor:
+    return recipe.objective.loss(built.learner, batch) / recipe.objective.targets(batch)
+
+
+def train(recipe: Any, built: Built, steps: int) -> list[float]:
+    batch, losses = batch_of(built), []
+    for group in built.optimizer.param_groups:
+        group["lr"] = 1e-2
+    built.model.train()
+    for _ in range(steps):
+        loss = loss_of(recipe, built, batch)
+        loss.backward()
+        built.optimizer.step()
+        built.optimizer.zero_grad()
+        losses.append(float(loss))
+    built.model.eval()
+    return losses
+
+
+def logits(built: Built) -> torch.Tensor:
+    with torch.no_grad():
+        return built.learner.logits(batch_of(built))
+
+
+def test_every_method_works_on_some_kind_of_model(
+    method: str, recipe: Callable[..., Any]
+) -> None:
+    """Behaviour: a method that refuses every kind would pass the other contracts by skipping them."""
+    worked = 0
+    for kind in KINDS:
+        try:
+            build(recipe(kind, method=sample_part("method", method)))
+            worked += 1
+        except InputError:
+            pass
+    assert worked >= 2
+
+
+def test_the_model_is_unchanged_before_the_first_update(method: str, kind: str, make: Any) -> None:
+    """Reference: the plain model. Equal bit for bit: an adapter adds exact zeros."""
+    _, built = make(kind, method)
+    _, plain = make(kind, "full")
+    assert torch.equal(logits(built), logits(plain))
+
+
+def test_what_is_frozen_is_bit_identical_after_training(method: str, kind: str, make: Any) -> None:
+    """Behaviour: only parameters that require gradients move."""
+    recipe, built = make(kind, method)
+    before = {n: p.detach().clone() for n, p in built.model.named_parameters()}
+    train(recipe, built, 3)
+    for name, parameter in built.model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_every_trained_parameter_gets_a_gradient_and_moves(method: str, kind: str, make: Any) -> None:
+    """Behaviour, after two updates: LoRA's A has a zero gradient while B is still zero."""
+    recipe, built = make(kind, method)
+    before = {n: p.detach().clone() for n, p in built.model.named_parameters() if p.requires_grad}
+    train(recipe, built, 2)
+    loss_of(recipe, built, batch_of(built)).backward()
+    for name, parameter in built.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+            assert not torch.equal(parameter, before[name]), name
+
+
+def test_twenty_steps_on_one_batch_lower_its_loss(method: str, kind: str, make: Any) -> None:
+    """Behaviour."""
+    recipe, built = make(kind, method)
+    losses = train(recipe, built, 20)
+    assert losses[-1] < losses[0]
+
+
+def test_the_optimizer_holds_exactly_what_is_trained(method: str, kind: str, make: Any) -> None:
+    """Behaviour: nothing trained is left out and nothing frozen is carried."""
+    _, built = make(kind, method)
+    held = {id(p) for g in built.optimizer.param_groups for p in g["params"]}
+    assert held == {id(p) for p in built.model.parameters() if p.requires_grad}
+
+
+def test_a_saved_result_loads_and_gives_equal_logits(
+    method: str, kind: str, make: Any, tmp_path: Path
+) -> None:
+    """Reference: the trained model in memory. Equal bit for bit: float32 is stored as it is."""
+    from lowres.bridges import peft_tuner, transformers
+
+    recipe, built = make(kind, method)
+    train(recipe, built, 3)
+    folder = tmp_path / "saved"
+    transformers.save(built.model, built.tokenizer, folder)
+    assert not list(folder.glob("*.bin")), "safetensors only"
+    _, fresh = make(kind, "full")
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        assert peft_tuner.PREFIX
+        loaded: Any = PeftModel.from_pretrained(fresh.model, folder)
+    else:
+        loaded = type(fresh.model).from_pretrained(folder)
+    loaded.eval()
+    fresh.learner.module = fresh.learner.base = loaded
+    assert torch.equal(logits(fresh), logits(built))
+
+
+def test_an_adapter_switches_off_and_lives_beside_a_second_one(
+    method: str, kind: str, make: Any
+) -> None:
+    """Reference: the plain model when switched off; the first adapter when switched back."""
+    recipe, built = make(kind, method)
+    if not hasattr(built.model, "peft_config"):
+        pytest.skip("trains the model in place: there is no adapter to switch off")
+    plain = logits(built)
+    train(recipe, built, 3)
+    trained = logits(built)
+    model: Any = built.model
+    assert not torch.equal(trained, plain)
+    with model.disable_adapter():
+        assert torch.equal(logits(built), plain)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter("second")
+    assert torch.allclose(logits(built), plain, atol=1e-6)
+    model.set_adapter("default")
+    assert torch.equal(logits(built), trained)
+
+
+def test_merged_equals_unmerged(method: str, kind: str, make: Any) -> None:
+    """Reference: unmerged logits. Tolerance: float32 rounding of W + BA against Wx + BAx."""
+    recipe, built = make(kind, method)
+    if not recipe.method.mergeable:
+        pytest.skip("the method declares that it cannot be merged")
+    train(recipe, built, 3)
+    before = logits(built)
+    built.learner.module = built.learner.base = recipe.method.merge(built.model)
+    assert torch.allclose(logits(built), before, atol=1e-5)
+    assert "peft_config" not in vars(built.learner.base)
+
+
+def test_generating_equals_the_forward_pass(method: str, make: Any) -> None:
+    """Reference: argmax of the forward pass, token by token; generate takes another path through PEFT."""
+    recipe, built = make("decoder", method)
+    train(recipe, built, 3)
+    row = built.train_rows[0]
+    ids = torch.tensor([list(row.inputs["input_ids"])[:8]])
+    mask = torch.ones_like(ids)
+    model: Any = built.model
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False
+    )
+    for _ in range(4):
+        with torch.no_grad():
+            scores = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+        scores[:, model.config.eos_token_id] = float("-inf")
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, ids)

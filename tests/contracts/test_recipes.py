@@ -1,0 +1,44 @@
+"""What every recipe file promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowres.core.recipe import json_schema, load_recipe
+from tests.conftest import ROOT
+
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if "accelerate" not in p.parts)
+
+
+def test_there_are_recipes() -> None:
+    """Behaviour: all are found, in all folders."""
+    assert len(RECIPES) >= 7
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_a_recipe_parses_and_survives_being_written_out(path: Path) -> None:
+    """Reference: the recipe read back from its resolved form is the same run."""
+    recipe = load_recipe(path)
+    again = load_recipe(yaml.safe_load(yaml.safe_dump(recipe.resolved())))
+    assert again.digest == recipe.digest
+    assert again.resolved() == recipe.resolved()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_a_recipe_begins_with_its_schema_and_says_how_to_run_it(path: Path) -> None:
+    """Behaviour: editors find the schema, readers the command."""
+    lines = path.read_text().splitlines()
+    schema = lines[0].removeprefix("# yaml-language-server: $schema=")
+    assert (path.parent / schema).resolve() == ROOT / "recipes" / "schema.json"
+    assert f"lowres run {path.relative_to(ROOT)}" in "\n".join(lines[1:6])
+
+
+def test_the_schema_file_is_the_one_the_command_prints() -> None:
+    """Reference: `lowres schema --output recipes/schema.json`."""
+    assert json.loads((ROOT / "recipes" / "schema.json").read_text()) == json.loads(
+        json.dumps(json_schema())
+    )
