@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowres.core.errors import LowresError
     from lowres.core.recipe import load_recipe
+    from lowres import run
     from lowres.run.build import build
-    from lowres.run.execute import execute as run
 
 __version__ = "0.1.0"
 __all__ = ["LowresError", "__version__", "build", "load_recipe", "run"]
@@ -23,12 +23,13 @@ _HOMES = {
     "LowresError": ("lowres.core.errors", "LowresError"),
     "load_recipe": ("lowres.core.recipe", "load_recipe"),
     "build": ("lowres.run.build", "build"),
-    "run": ("lowres.run.execute", "execute"),
 }
 
 
 def __getattr__(name: str) -> Any:
     # `import lowres` must stay cheap: the command line lists parts without torch.
+    if name == "run":
+        return importlib.import_module("lowres.run")
     if name in _HOMES:
         module, attribute = _HOMES[name]
         return getattr(importlib.import_module(module), attribute)

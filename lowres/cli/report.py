@@ -24,11 +24,15 @@ def command(
     ],
     html: Annotated[
         Optional[Path],
-        typer.Option(metavar="FILE", help="Write one self-contained page; replaces one that is there."),
+        typer.Option(
+            metavar="FILE", help="Write one self-contained page; replaces one that is there."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records as a JSON list.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the records as a JSON list.")
+    ] = False,
 ) -> None:
-    """Show what runs were, took and reached; several are compared. Exit 2 when there is no record."""
+    """Show what runs were, took and reached; several are compared. Exit 2 without a record."""
     from lowres.core import record as record_module
 
     # A dict keeps order and drops a record that is named twice.

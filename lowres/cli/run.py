@@ -35,10 +35,13 @@ def command(
 
     Also under accelerate: accelerate launch -m lowres run RECIPE.
     """
+    import sys
+
     import lowres
-    from lowres.bridges import accelerate
+    from lowres.bridges import accelerate, accelerate_cpu
     from lowres.core import record as record_module
 
+    accelerate_cpu.start_missing_processes(sys.argv[1:])
     loaded = lowres.load_recipe(recipe, overrides or [])
     asked = str(resume_from) if resume_from else "latest" if resume else None
     record = lowres.run(loaded, output_folder=output, resume=asked, quiet=False)

@@ -10,7 +10,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from lowres.core.errors import InputError
@@ -123,7 +123,8 @@ class DataReport:
     longest: int
 
 
-@dataclass
+# A diverged run may hold figures that are not numbers; JSON's null would not read back as one.
+@dataclass(config=ConfigDict(ser_json_inf_nan="strings"))
 class RunRecord:
     """One run: what was asked, what was measured, how it ended."""
 

@@ -1,7 +1,7 @@
 """Figures of records as SVG that is part of an HTML page.
 
-Text stays text (selectable, and in the page's font), and every colour is a variable of the page's style
-sheet with the light value as its fallback, so figures follow light and dark mode without a second copy.
+Text stays text (selectable, and in the page's font), and every colour is a variable of the page's
+style sheet with the light value as its fallback: figures follow light and dark mode.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ COLOURS = {
     "process": ("#8a5a9e", "#bb93cc"),
     "resident": ("#8b93a1", "#8b95a5"),
 }
-"""Name to its value on a light and on a dark page. Light values must differ: they are told apart by them."""
+"""Name to its value on a light and on a dark page. Light values must differ: SVG has only them."""
 
 MEMORY_KINDS = ("live", "allocated", "reserved", "process", "resident")
 SMOOTHED_FROM = 50
-"""Longer loss curves get a smoothed line: below that the updates themselves can be followed by eye."""
+"""Longer loss curves get a smoothed line; shorter ones can be followed by eye."""
 
 _INK, _MUTED, _RULE = (COLOURS[k][0] for k in ("ink", "muted", "rule"))
 _SERIES = [COLOURS[k][0] for k in ("live", "reserved", "allocated", "process", "resident")]
-_WIDTH_INCHES = 4.6  # About a phone's width at this font size, so that the text stays readable there.
+_WIDTH_INCHES = (
+    4.6  # About a phone's width at this font size, so that the text stays readable there.
+)
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -84,13 +86,16 @@ def loss_curve(record: RunRecord, key: str) -> str | None:
         single = {"marker": "o"} if n == 1 else {}
         if n > SMOOTHED_FROM:
             window = min(101, max(5, n // 20) | 1)
-            axes.plot(updates, record.losses, color=_MUTED, alpha=0.45, linewidth=0.7, label="update")
+            axes.plot(
+                updates, record.losses, color=_MUTED, alpha=0.45, linewidth=0.7, label="update"
+            )
             smooth = smoothed(record.losses, window)
             axes.plot(updates, smooth, color=_SERIES[0], linewidth=1.6, label=f"mean of {window}")
             axes.legend()
         else:
             axes.plot(updates, record.losses, color=_SERIES[0], linewidth=1.4, **single)
         axes.set_xlabel("update")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("loss")
 
     label = f"Loss by update: {record.losses[0]:.4f} at first, {record.losses[-1]:.4f} at last"
@@ -98,7 +103,7 @@ def loss_curve(record: RunRecord, key: str) -> str | None:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving mean over an odd window that shrinks at the ends; what is not finite is left out."""
+    """Centred moving mean; the odd window shrinks at the ends, what is not finite is left out."""
     half = window // 2
     out = []
     for i in range(len(values)):
@@ -126,6 +131,7 @@ def scores_by_step(record: RunRecord, key: str) -> str | None:
                 marker="o", markersize=3, linewidth=1.4, elinewidth=0.8, label=split,
             )  # fmt: skip
         axes.set_xlabel("update")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(", ".join(_metrics(curves)))
         axes.legend()
 
@@ -137,7 +143,7 @@ def _metrics(curves: dict[str, dict[int, Score]]) -> list[str]:
 
 
 def memory_bars(record: RunRecord, key: str) -> str | None:
-    """Peaks of each phase as bars, one colour for each kind of bytes; None when nothing was measured."""
+    """Peaks of each phase as bars, a colour for each kind of bytes; None without peaks."""
     phases = record.measured.phases
     kinds = [k for k in MEMORY_KINDS if any(kind_bytes(m, k) is not None for m in phases.values())]
     if not kinds:
@@ -155,8 +161,7 @@ def memory_bars(record: RunRecord, key: str) -> str | None:
                     at.append(row - 0.42 + (i + 0.5) * thick)
                     widths.append(size / unit)
             bars = axes.barh(at, widths, thick * 0.9, color=COLOURS[kind][0], label=f"{kind} bytes")
-            digits = ".2f" if unit == GIB else ".1f"
-            texts = [format(w, digits) for w in widths]
+            texts = [f"{w:.2f}" if w >= 0.005 else "< 0.01" for w in widths]
             axes.bar_label(bars, texts, padding=2, fontsize=7.5, color=_MUTED)
         axes.set_yticks(range(len(phases)), [p.replace("_", " ") for p in phases])
         axes.invert_yaxis()
@@ -186,9 +191,10 @@ def scatter(points: Sequence[Point], key: str) -> str:
             axes.annotate(
                 str(p.number), (x, y), xytext=(5, 4), textcoords="offset points", fontweight="bold"
             )
-        baselines = [p.score.majority for p in points if p.score.majority is not None]
-        if baselines:
-            axes.axhline(baselines[0], color=_MUTED, linewidth=0.9, linestyle="--", label="majority")
+        # Runs on different samples of a split have different baselines: no one line stands for all.
+        (majority, *others) = {p.score.majority for p in points}
+        if majority is not None and not others:
+            axes.axhline(majority, color=_MUTED, linewidth=0.9, linestyle="--", label="majority")
             axes.legend()
         axes.margins(0.12)
         axes.set_xlabel(f"peak of live bytes, {unit_name}")
@@ -218,7 +224,7 @@ def _svg(draw: Any, key: str, label: str, height: float) -> str:
 def _for_page(text: str, label: str) -> str:
     """Drop what does not belong inside a page, and let its style sheet choose colours and font."""
     svg = text[text.index("<svg") :]
-    # Hashed ids carry the key and are unique on the page; matplotlib's plain ones (figure_1) would repeat.
+    # Hashed ids come from the key and are unique; matplotlib's plain ones (figure_1) would repeat.
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r" font-family: [^;]*;", "", svg)

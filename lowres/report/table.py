@@ -35,19 +35,20 @@ def print_record(record: RunRecord) -> None:
     if measured.step_time is not None:
         t = measured.step_time
         console.print(
-            f"update: {format_seconds(t.p50_seconds)} median (p20 {format_seconds(t.p20_seconds)}, p80 "
-            f"{format_seconds(t.p80_seconds)}, n={t.n}), {t.tokens_per_second:,.0f} tokens/s"
+            f"update: {format_seconds(t.p50_seconds)} median (p20 {format_seconds(t.p20_seconds)}, "
+            f"p80 {format_seconds(t.p80_seconds)}, n={t.n}), {t.tokens_per_second:,.0f} tokens/s"
         )
     if measured.parameters is not None:
         p = measured.parameters
         console.print(
-            f"parameters: {format_count(p.trainable)} trained of {format_count(p.total)}; saved "
-            f"{format_bytes(measured.saved_bytes)}, checkpoint {format_bytes(measured.checkpoint_bytes)}"
+            f"parameters: {format_count(p.trainable)} trained of {format_count(p.total)}; "
+            f"saved {format_bytes(measured.saved_bytes)}, "
+            f"checkpoint {format_bytes(measured.checkpoint_bytes)}"
         )
     if record.losses:
         console.print(
-            f"loss: {record.losses[0]:.4f} -> {record.losses[-1]:.4f} in {len(record.losses)} updates, "
-            f"{format_seconds(record.seconds)} in all"
+            f"loss: {record.losses[0]:.4f} -> {record.losses[-1]:.4f} "
+            f"in {len(record.losses)} updates, {format_seconds(record.seconds)} in all"
         )
     for event in record.events:
         console.print(f"event after update {event.step}: {event.kind}: {event.text}")
@@ -69,10 +70,10 @@ def print_comparison(records: Sequence[RunRecord]) -> None:
 
 
 def comparison(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: number, id, method, outcome, a column for each split's main metric, costs."""
+    """Header and rows: number, id, method, outcome, the main metric of each split, costs."""
     columns = list(dict.fromkeys((s.split, s.metric) for r in records for s in main_scores(r)))
-    header = ["#", "id", "method", "outcome", *(f"{split} {metric}" for split, metric in columns),
-              "peak live bytes", "peak resident bytes", "p50 step time", "trainable parameters"]  # fmt: skip
+    header = ["#", "id", "method", "outcome", *(f"{split} {metric}" for split, metric in columns)]
+    header += ["peak live bytes", "peak resident bytes", "p50 step time", "trainable parameters"]
     rows = []
     for number, r in enumerate(records, start=1):
         found = {(s.split, s.metric): s for s in main_scores(r)}

@@ -82,6 +82,9 @@ class TrainingSession:
         self._timed: list[tuple[float, float]] = []
         self._steady: contextlib.ExitStack | None = None
         self._stop_asked = False
+        # Not read off `base.training`: PEFT's wrapper says True around a model that was loaded in
+        # evaluation mode.
+        self._in_training_mode = False
         self.checkpoint_bytes: int | None = None
         self.train_seconds = 0.0
 
@@ -96,8 +99,9 @@ class TrainingSession:
 
     def update(self, step: int, rows: Sequence[Row]) -> float:
         recipe = self.recipe
-        if not self.learner.base.training:
+        if not self._in_training_mode:
             self.learner.base.train()
+            self._in_training_mode = True
         start = time.perf_counter()
         with self._measured():
             recipe.freezing.before_update(self.learner.base, step)
@@ -141,6 +145,7 @@ class TrainingSession:
     def evaluate(self) -> list[Score]:
         """Score now; the scores are kept and shown."""
         self.close()
+        self._in_training_mode = False
         found = self._evaluate(self.progress.step)
         self.scores += found
         self.progress.scores = [vars(s) for s in self.scores]

@@ -1,0 +1,101 @@
+"""`lowres report`. All tests check behaviour: exit codes, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowres.cli.main import main
+from lowres.core.record import Measurement, PhaseMemory, RunRecord, Score, to_json
+
+
+def write(path: Path, name: str, error: str | None = None) -> Path:
+    record = RunRecord(
+        id=name, outcome="failed" if error else "ok", started="2026-11-20T12:00:00+00:00",
+        seconds=1.0, recipe={"method": {"name": "lora"}, "task": {"name": "cola"}},
+        digest="0" * 16, overrides=[], task_version=1,
+        environment={}, error=error, losses=[0.7, 0.6],
+        measured=Measurement(phases={"load": PhaseMemory(live_bytes=2**20)}),
+        scores=[Score("in_domain", "matthews", 0.5, 0.01, 100, 0.0, 2)],
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(record), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Calls `lowres report ...` in this process; gives exit code, output and error output."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowres", "report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+def test_a_run_folder_shows_its_one_record(report, tmp_path: Path) -> None:
+    """Behaviour: other JSON in the run folder, the model's configuration for one, is left alone."""
+    write(tmp_path / "run" / "record.json", "one")
+    write(tmp_path / "run" / "older" / "record.json", "other")
+    code, out, _ = report(tmp_path / "run")
+    assert code == 0
+    assert "one: ok" in out and "0.5000" in out and "other" not in out
+
+
+def test_a_folder_of_runs_is_compared_in_order(report, tmp_path: Path) -> None:
+    """Behaviour: records at any depth and of any name; JSON that is no record is skipped."""
+    write(tmp_path / "b" / "record.json", "run-b")
+    write(tmp_path / "a" / "deep" / "record.json", "run-a", error="it broke on [rank] [/x]")
+    write(tmp_path / "kept.json", "kept")
+    (tmp_path / "b" / "config.json").write_text("{}")
+    code, out, _ = report(tmp_path, tmp_path / "kept.json")
+    assert code == 0
+    assert out.index("run-a") < out.index("run-b") < out.index("kept")
+    assert out.count("kept") == 1
+    assert "1: failed: it broke on [rank] [/x]" in out
+    assert "in_domain" in out and "0.5000 ± 0.0100" in out
+
+
+def test_a_folder_without_records_ends_with_2_and_is_named(report, tmp_path: Path) -> None:
+    """Behaviour: wrong input is exit code 2, with the folder in the message."""
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = report(tmp_path)
+    assert code == 2
+    assert str(tmp_path) in err and "holds no run record" in err
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json"])
+def test_a_file_that_is_no_record_ends_with_2_and_is_named(report, tmp_path: Path, content) -> None:
+    """Behaviour: a named file is never skipped."""
+    file = tmp_path / "record.json"
+    if content is not None:
+        file.write_text(content)
+    code, _, err = report(file)
+    assert code == 2
+    assert str(file) in err
+
+
+def test_json_output_is_the_records_and_the_page_is_written_beside(report, tmp_path: Path) -> None:
+    """Behaviour: standard output stays parseable when a page is asked for as well."""
+    files = [write(tmp_path / f"{n}.json", n) for n in ("x", "y")]
+    code, out, err = report(*files, "--json", "--html", tmp_path / "page.html")
+    assert code == 0
+    assert [r["id"] for r in json.loads(out)] == ["x", "y"]
+    assert "page.html" in err
+    assert str(tmp_path) not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_page_is_never_written_over_a_record(report, tmp_path: Path) -> None:
+    """Behaviour: `--html record.json` is a slip that must not cost the record."""
+    file = write(tmp_path / "record.json", "one")
+    before = file.read_bytes()
+    code, _, err = report(file, "--html", file)
+    assert code == 2 and ".html" in err
+    assert file.read_bytes() == before
