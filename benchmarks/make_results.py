@@ -52,7 +52,9 @@ def section(folder: Path) -> list[str]:
         + " | live peak | resident peak | update (median) | checkpoint | saved |",
         "|---|--:|--:|--:|" + "--:|" * (len(splits) + 5),
     ]  # fmt: skip
-    baseline = [f"{s.majority:.3f}" if s.majority is not None else "-" for s in first.final_scores()]
+    baseline = [
+        f"{s.majority:.3f}" if s.majority is not None else "-" for s in first.final_scores()
+    ]
     lines.append("| *majority* | | | | " + " | ".join(baseline) + " | | | | | |")
     for name, runs in found.items():
         records = [r for _, r in runs]
@@ -65,7 +67,9 @@ def section(folder: Path) -> list[str]:
             lines.append(f"| {name} | {links} | | | {outcome} |" + " |" * (len(splits) + 4))
             continue
         scores = [
-            spread([s.value for r in records for s in r.final_scores() if (s.split, s.metric) == pair])
+            spread(
+                [s.value for r in records for s in r.final_scores() if (s.split, s.metric) == pair]
+            )
             for pair in splits
         ]
         m = [r.measured for r in records]

@@ -1,8 +1,8 @@
 """Fine-tune a language model on the card you have.
 
-    recipe = lowres.load_recipe("recipes/quickstart.yaml", ["method.rank=4"])
-    record = lowres.run(recipe)                 # everything, with a record
-    built = lowres.build(recipe)                # prepared model, tokenizer, collator, optimizer: your own loop
+recipe = lowres.load_recipe("recipes/quickstart.yaml", ["method.rank=4"])
+record = lowres.run(recipe)                 # everything, with a record
+built = lowres.build(recipe)                # prepared model, tokenizer, collator, optimizer: your own loop
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowres import run
     from lowres.core.errors import LowresError
     from lowres.core.recipe import load_recipe
-    from lowres import run
     from lowres.run.build import build
 
 __version__ = "0.1.0"

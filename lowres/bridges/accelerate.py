@@ -39,7 +39,11 @@ def make(loop: Loop) -> Any:
             raise
         raise InputError(
             "the recipe",
-            [Problem("loop.precision", f"'{loop.precision}' does not work on this device: {error}")],
+            [
+                Problem(
+                    "loop.precision", f"'{loop.precision}' does not work on this device: {error}"
+                )
+            ],
         ) from error
 
 

@@ -71,13 +71,23 @@ def linear_targets(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
                 there = ", ".join(sorted(set(last.values())))
                 raise InputError(
                     "the recipe",
-                    [Problem("method.targets", f"no linear layer is named '{name}'; there are {there}")],
+                    [
+                        Problem(
+                            "method.targets",
+                            f"no linear layer is named '{name}'; there are {there}",
+                        )
+                    ],
                 )
     chosen = [n for n in chosen if _inside(n, blocks.trained)]
     if not chosen:
         raise InputError(
             "the recipe",
-            [Problem("method.targets", "none of them lies in a block that the freezing leaves trained")],
+            [
+                Problem(
+                    "method.targets",
+                    "none of them lies in a block that the freezing leaves trained",
+                )
+            ],
         )
     if not blocks.frozen:
         # Short names read better in adapter_config.json, and say the same when every block trains.

@@ -62,7 +62,9 @@ class DeltaConfig(PeftConfig):
     def delta_class(self) -> type[Delta]:
         module, _, name = self.delta.partition(":")
         if not module.startswith("lowres.methods."):
-            raise ValueError(f"'{self.delta}' names no class of lowres.methods; the adapter is not ours")
+            raise ValueError(
+                f"'{self.delta}' names no class of lowres.methods; the adapter is not ours"
+            )
         cls: type[Delta] = getattr(importlib.import_module(module), name)
         return cls
 
@@ -155,5 +157,3 @@ def inject_delta(
         settings=settings or {},
     )
     return inject(model, config, blocks)
-
-

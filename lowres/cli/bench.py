@@ -16,8 +16,12 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 )
 def command(
     suite: Annotated[Path, typer.Argument(help="A suite file.")],
-    records: Annotated[Path, typer.Option(help="Where records are kept.")] = Path("benchmarks/records"),
-    scratch: Annotated[Path, typer.Option(help="Scratch folder; it is emptied.")] = Path("runs/bench"),
+    records: Annotated[Path, typer.Option(help="Where records are kept.")] = Path(
+        "benchmarks/records"
+    ),
+    scratch: Annotated[Path, typer.Option(help="Scratch folder; it is emptied.")] = Path(
+        "runs/bench"
+    ),
 ) -> None:
     """Run what a suite lacks: a search of equal budget for each recipe, then every seed.
 
@@ -27,5 +31,5 @@ def command(
     from lowres.run import suite as suite_module
 
     loaded = suite_module.load(suite)
-    say = lambda text: typer.echo(text, err=True)  # noqa: E731
+    say = lambda text: typer.echo(text, err=True)
     print_comparison(suite_module.run(loaded, records, scratch, say))

@@ -17,7 +17,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def command(
     recipes: Annotated[list[Path], typer.Argument(help="Recipe files.")],
     overrides: Annotated[
-        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a key. Repeatable.")
+        Optional[list[str]],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key. Repeatable."),
     ] = None,
 ) -> None:
     """Check recipes and show every problem of each. Exit 2 when there is one."""

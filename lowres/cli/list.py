@@ -18,14 +18,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 )
 def command(
     family: Annotated[
-        Optional[str], typer.Argument(help="tasks, methods, freezing, objectives, ...; all when left out")
+        Optional[str],
+        typer.Argument(help="tasks, methods, freezing, objectives, ...; all when left out"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """List the parts of one family, or of all, with what each does."""
     families = [registry.family(family)] if family else list(registry.FAMILIES)
     found = {
-        f: {n: registry.docstring(f, n).partition("\n")[0] for n in registry.names(f)} for f in families
+        f: {n: registry.docstring(f, n).partition("\n")[0] for n in registry.names(f)}
+        for f in families
     }
     if as_json:
         typer.echo(json.dumps(found, indent=1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -46,10 +47,20 @@ def _root() -> None:
     pass
 
 
+def _with_resume_value(arguments: list[str]) -> list[str]:
+    """`--resume` alone means `--resume latest`; the option parser knows no optional values."""
+    out = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        named = following == "latest" or (bool(following) and Path(following).is_dir())
+        out.append("--resume=latest" if word == "--resume" and not named else word)
+    return out
+
+
 def main() -> None:
     """Run the command line; every known failure is one message and an exit code."""
     from lowres.core.errors import LowresError
 
+    sys.argv[1:] = _with_resume_value(sys.argv[1:])
     try:
         app()
     except LowresError as error:

@@ -18,18 +18,24 @@ def command(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     overrides: Annotated[
         Optional[list[str]],
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as method.rank=4. Repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a key, such as method.rank=4. Repeatable."
+        ),
     ] = None,
     output: Annotated[
-        Optional[Path], typer.Option(help="Folder for the results; the next runs/<recipe>-<n> by default.")
+        Optional[Path],
+        typer.Option(help="Folder for the results; the next runs/<recipe>-<n> by default."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the latest checkpoint of this recipe's last run.")
-    ] = False,
-    resume_from: Annotated[
-        Optional[Path], typer.Option(metavar="PATH", help="Go on from this checkpoint.")
+        Optional[str],
+        typer.Option(
+            metavar="[latest|PATH]",
+            help="Go on from the latest checkpoint of this recipe's last run, or from the one named.",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the record on standard output.")
+    ] = False,
 ) -> None:
     """Train, measure and score a recipe, and write its record.
 
@@ -40,16 +46,20 @@ def command(
     import lowres
     from lowres.bridges import accelerate, accelerate_cpu
     from lowres.core import record as record_module
+    from lowres.run.execute import execute
 
     accelerate_cpu.start_missing_processes(sys.argv[1:])
     loaded = lowres.load_recipe(recipe, overrides or [])
-    asked = str(resume_from) if resume_from else "latest" if resume else None
-    record = lowres.run(loaded, output_folder=output, resume=asked, quiet=False)
+    record = execute(loaded, output_folder=output, resume=resume)
     if not accelerate.is_main():
         return
+    from lowres.report import page, table
+
+    assert record.folder is not None
+
+    page.write_page([record], Path(record.folder) / "report.html")
     if as_json:
         typer.echo(record_module.to_json(record))
     else:
-        from lowres.report.table import print_record
-
-        print_record(record)
+        table.print_record(record)
+        typer.echo(f"record: {record.folder}/record.json   report: {record.folder}/report.html")

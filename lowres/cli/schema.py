@@ -16,7 +16,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
     epilog="example: lowres schema --output recipes/schema.json",
 )
 def command(
-    output: Annotated[Optional[Path], typer.Option(help="File to write; standard output by default.")] = None,
+    output: Annotated[
+        Optional[Path], typer.Option(help="File to write; standard output by default.")
+    ] = None,
 ) -> None:
     """Print the JSON schema of a recipe. Point your editor's YAML plug-in at it."""
     from lowres.core.recipe import json_schema

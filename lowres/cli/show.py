@@ -16,7 +16,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
     epilog="example: lowres show method lora",
 )
 def command(
-    family: Annotated[str, typer.Argument(help="task, method, freezing, objective, optimizer, lever, ...")],
+    family: Annotated[
+        str, typer.Argument(help="task, method, freezing, objective, optimizer, lever, ...")
+    ],
     name: Annotated[str, typer.Argument(help="The part's name, as lowres list gives it.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:

@@ -80,4 +80,3 @@ class BackPropagation:
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-

@@ -1,12 +1,12 @@
 """What can go wrong, each with the exit code that `lowres` ends with.
 
-    LowresError            1   the run failed
-    |-- InputError         2   the recipe, a file or an argument is wrong; carries every problem found
-    |-- DoesNotFit         3   the plan exceeds the budget
-    |-- OutOfMemory        1   memory ran out and no smaller micro-batch was left
-    |-- Diverged           1   the loss or a gradient is no longer finite
-    |-- OutOfTime          1   `budget.minutes` is used up; a checkpoint was written
-    `-- Interrupted      130   Ctrl-C; a checkpoint was written
+LowresError            1   the run failed
+|-- InputError         2   the recipe, a file or an argument is wrong; carries every problem found
+|-- DoesNotFit         3   the plan exceeds the budget
+|-- OutOfMemory        1   memory ran out and no smaller micro-batch was left
+|-- Diverged           1   the loss or a gradient is no longer finite
+|-- OutOfTime          1   `budget.minutes` is used up; a checkpoint was written
+`-- Interrupted      130   Ctrl-C; a checkpoint was written
 """
 
 from __future__ import annotations

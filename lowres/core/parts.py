@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -37,7 +37,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def part(cls: type[T]) -> type[T]:
     """Make a class a part or a section of a recipe: frozen, keyword-only, unknown keys refused."""
-    return pydantic_dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)(cls)
+    make = pydantic_dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+    return cast("type[T]", make(cls))
 
 
 @part

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 DEFAULT_DATA = "../shared/data"
-"""A folder of data sets beside the checkout; `LOWRES_DATA` names another one."""
+"""Looked for from the working folder; `LOWRES_DATA` names another one."""
 
 
 def data_folder() -> Path:

@@ -199,9 +199,7 @@ _KEYS = ("schema", "model", "task", "method", "freezing", "objective", "optimize
          "procedure", "loop", "budget")  # fmt: skip
 
 
-def load_recipe(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> Recipe:
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a YAML file or a mapping.
 
     Args:
@@ -225,9 +223,13 @@ def load_recipe(
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else None
         what = getattr(error, "problem", None) or str(error)
-        raise InputError(f"'{path}'", [Problem("", f"it is not valid YAML: {what}", line)]) from None
+        raise InputError(
+            f"'{path}'", [Problem("", f"it is not valid YAML: {what}", line)]
+        ) from None
     if not isinstance(raw, dict):
-        raise InputError(f"'{path}'", ["it holds no keys; see recipes/quickstart.yaml for the form"])
+        raise InputError(
+            f"'{path}'", ["it holds no keys; see recipes/quickstart.yaml for the form"]
+        )
     return _Reader(raw, dict(_lines(node)), str(path), overrides).recipe()
 
 
@@ -239,7 +241,8 @@ class _Yaml(yaml.SafeLoader):
         for key_node, _ in node.value:
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key '{key_node.value}' stands twice", problem_mark=key_node.start_mark
+                    problem=f"the key '{key_node.value}' stands twice",
+                    problem_mark=key_node.start_mark,
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
@@ -382,7 +385,9 @@ class _Reader:
             at[last] = parsed
         else:
             self._add("--set", f"'{key}' goes below a value")
-        self.lines = {k: v for k, v in self.lines.items() if k != key and not k.startswith(key + ".")}
+        self.lines = {
+            k: v for k, v in self.lines.items() if k != key and not k.startswith(key + ".")
+        }
 
     def _let_parts_check(self, recipe: Recipe) -> None:
         parts = {f: getattr(recipe, f) for f in registry.FAMILIES if f != "lever"}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from lowres.core.errors import InputError
@@ -147,6 +147,8 @@ class RunRecord:
     learning_rates: list[float] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     error: str | None = None
+    folder: Annotated[str | None, Field(exclude=True)] = None
+    """Where it was written; not part of the file, which may be moved and published."""
 
     def final_scores(self) -> list[Score]:
         """The scores of the last evaluation, in order."""

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count live bytes on one device type.
 
     Args:
@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str, held: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device_type = device_type
         self.now_bytes = 0
         self.peak_bytes = 0
@@ -33,9 +33,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in held:
             self._note(tensor)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -43,7 +41,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        super().__exit__(exc_type, exc_value, traceback)
+        super().__exit__(exc_type, exc_value, traceback)  # type: ignore[no-untyped-call]
         for watch in self._seen.values():
             watch.detach()
         self._seen.clear()

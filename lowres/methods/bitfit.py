@@ -56,4 +56,3 @@ class Bitfit(Method):
         from lowres.bridges import peft
 
         return peft.merge(model)
-

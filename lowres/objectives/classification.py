@@ -39,12 +39,12 @@ class Classification(Objective):
             texts = (example.text,) if example.pair is None else (example.text, example.pair)
             whole = encoder.tokenizer(*texts)
             kept = encoder.tokenizer(*texts, truncation=True, max_length=encoder.max_length)
-            inputs = {key: list(column) for key, column in kept.items()}
+            inputs: dict[str, list[int]] = {key: list(c) for key, c in kept.items()}
             if encoder.kind == "encoder_decoder":
                 _end(inputs, encoder)
             cut = max(0, len(whole["input_ids"]) - len(kept["input_ids"]))
             assert example.label is not None
-            rows.append(Row(example.id, inputs, [example.label], truncated=cut))
+            rows.append(Row(example.id, dict(inputs), [example.label], truncated=cut))
         return rows
 
     def targets(self, batch: Batch) -> int:

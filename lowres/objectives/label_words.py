@@ -51,7 +51,7 @@ class LabelWords(Objective):
     words: tuple[str, ...] | None = None
 
     def check(self, recipe: Recipe) -> Iterator[str]:
-        serves = list(super(LabelWords, self).check(recipe))
+        serves = list(super().check(recipe))
         yield from serves
         if serves:
             return

@@ -136,7 +136,9 @@ def assemble(recipe: Recipe, inputs: Inputs) -> Built:
     if not trained:
         raise InputError(
             "the recipe",
-            [f"method '{recipe.method.name}' and freezing '{recipe.freezing.name}' leave nothing to train"],
+            [
+                f"method '{recipe.method.name}' and freezing '{recipe.freezing.name}' leave nothing to train"
+            ],
         )
     optimizer = fold(recipe.optimizer.make(trained), recipe.levers, "on_optimizer")
     return Built(

@@ -85,7 +85,10 @@ def _wanted_splits(recipe: Recipe) -> list[str]:
     if unknown:
         raise InputError(
             "the recipe",
-            [Problem("task.evaluate", f"no split '{s}'; there are {', '.join(there)}") for s in unknown],
+            [
+                Problem("task.evaluate", f"no split '{s}'; there are {', '.join(there)}")
+                for s in unknown
+            ],
         )
     return list(task.evaluate)
 
@@ -221,5 +224,3 @@ def updates_of(recipe: Recipe, rows: int) -> int:
         return loop.steps
     assert loop.epochs is not None
     return max(1, round(loop.epochs * rows / loop.global_batch_size))
-
-

@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+import lowres
+
 PACKAGES = ("lowres", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets",
             "deepspeed", "safetensors", "tokenizers", "numpy")  # fmt: skip
 
@@ -24,6 +26,8 @@ def versions() -> dict[str, str | None]:
             out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             out[name] = None
+    # Run from a checkout that is not installed, the package still knows its version.
+    out["lowres"] = lowres.__version__
     return out
 
 
@@ -41,7 +45,10 @@ def commit() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     status = git("status", "--porcelain", "--", str(home))
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None}
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(status) if status is not None else None,
+    }
 
 
 def describe(device: Any, processes: int) -> dict[str, Any]:
@@ -67,7 +74,8 @@ def describe(device: Any, processes: int) -> dict[str, Any]:
             "device_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
             "capability": f"{properties.major}.{properties.minor}",
-            "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+            "allocator": os.environ.get("PYTORCH_ALLOC_CONF")
+            or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
         }
     else:
         out |= {"device_name": processor(), "device_bytes": psutil.virtual_memory().total}

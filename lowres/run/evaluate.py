@@ -69,7 +69,9 @@ def _predict(
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     done: list[tuple[int, Prediction]] = []
     pad_id = int(learner.tokenizer.pad_token_id)
-    for number, members in enumerate(batches[accelerator.process_index :: accelerator.num_processes]):
+    for number, members in enumerate(
+        batches[accelerator.process_index :: accelerator.num_processes]
+    ):
         batch = collate([rows[i] for i in members], pad_id, side)
         batch = {k: v.to(accelerator.device) for k, v in batch.items()}
         with meter.phase("evaluate", held if number == 0 else None), accelerator.autocast():

@@ -50,6 +50,7 @@ def execute(
     reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
     folder, found = _folder(recipe, accelerator, output_folder, resume)
     record = _new_record(recipe, accelerator)
+    record.folder = str(folder)
     meter = Meter(accelerator.device)
     session: TrainingSession | None = None
     refused = False
@@ -77,10 +78,8 @@ def execute(
         _describe(reporter, record, meter)
 
         def score(step: int) -> list[Score]:
-            held = lambda: tensors_of(learner.base, engine.optimizer)  # noqa: E731
-            return evaluate(
-                recipe, learner, inputs.data, accelerator, meter, step, folder, held
-            )
+            held = lambda: tensors_of(learner.base, engine.optimizer)
+            return evaluate(recipe, learner, inputs.data, accelerator, meter, step, folder, held)
 
         session = TrainingSession(
             recipe=recipe, learner=learner, engine=engine, data=inputs.data, accelerator=accelerator,
@@ -91,7 +90,7 @@ def execute(
             if resumed is None:
                 session.event("data", remark)
         if resumed is not None:
-            session.event("resumed", f"goes on from {found} after update {session.progress.step}")
+            session.event("resumed", f"goes on after update {session.progress.step}")
 
         recipe.procedure.run(session)
 
@@ -144,7 +143,7 @@ def _folder(
 
 
 def _new_record(recipe: Recipe, accelerator: Any) -> RunRecord:
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     return RunRecord(
         id=f"{output.stem(recipe)}-{now:%Y%m%dT%H%M%S}-{recipe.digest[:8]}",
         outcome="failed",
@@ -179,7 +178,9 @@ def _limit(recipe: Recipe, accelerator: Any, reporter: Reporter) -> None:
     if device_gib is None:
         return
     if accelerator.device.type != "cuda":
-        reporter.say(f"budget.device_gib {device_gib} is not enforced: there is no CUDA device here")
+        reporter.say(
+            f"budget.device_gib {device_gib} is not enforced: there is no CUDA device here"
+        )
         return
     total = torch.cuda.get_device_properties(accelerator.device).total_memory
     share = min(1.0, gib_to_bytes(device_gib) / total)
@@ -262,4 +263,3 @@ def _finish(
         if (folder / output.MODEL).is_dir():
             output.write_card(folder / output.MODEL, recipe, record)
     accelerate.end_trackers(accelerator)
-

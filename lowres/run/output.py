@@ -45,7 +45,9 @@ def claim(recipe: Recipe, asked: Path | None) -> Path:
         if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
             raise InputError(
                 f"'{asked}'",
-                ["it exists and is not empty; --resume goes on with it, --output DIR names another"],
+                [
+                    "it exists and is not empty; --resume goes on with it, --output DIR names another"
+                ],
             )
         folder = asked
     else:
@@ -87,7 +89,9 @@ def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Pat
     where = asked or f"{DEFAULT_ROOT}/{stem(recipe)}-*"
     raise InputError(
         f"'{where}'",
-        ["holds no checkpoint to resume from; loop.save_every writes them, or run without --resume"],
+        [
+            "holds no checkpoint to resume from; loop.save_every writes them, or run without --resume"
+        ],
     )
 
 
@@ -165,7 +169,10 @@ def write_card(folder: Path, recipe: Recipe, record: RunRecord) -> None:
         "",
     ]
     if record.scores:
-        lines += ["| split | metric | value | standard error | n | majority |", "|---|---|--:|--:|--:|--:|"]
+        lines += [
+            "| split | metric | value | standard error | n | majority |",
+            "|---|---|--:|--:|--:|--:|",
+        ]
         for s in record.final_scores():
             base = "" if s.majority is None else f"{s.majority:.4f}"
             lines.append(

@@ -49,7 +49,9 @@ class Reporter:
             self._bar.start()
             self._bar.add_task("training", total=total, completed=step, line="")
 
-    def update(self, step: int, loss: float, tokens_per_second: float, device: torch.device) -> None:
+    def update(
+        self, step: int, loss: float, tokens_per_second: float, device: torch.device
+    ) -> None:
         now, peak = self._memory(device)
         line = (
             f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
@@ -92,7 +94,11 @@ class Reporter:
 
     def _due(self, step: int) -> bool:
         now = time.monotonic()
-        if step == self._first + 1 or step == self._total or now - self._spoke >= PLAIN_EVERY_SECONDS:
+        if (
+            step == self._first + 1
+            or step == self._total
+            or now - self._spoke >= PLAIN_EVERY_SECONDS
+        ):
             self._spoke = now
             return True
         return False

@@ -296,7 +296,9 @@ class TrainingSession:
 
     def _stop_if_disk_is_over_budget(self) -> None:
         disk = self.recipe.budget.disk_gib
-        saved_now = self.recipe.loop.save_every and self.progress.step % self.recipe.loop.save_every == 0
+        saved_now = (
+            self.recipe.loop.save_every and self.progress.step % self.recipe.loop.save_every == 0
+        )
         if disk is None or not saved_now:
             return
         used = checkpoint.folder_bytes(self.output)
@@ -334,4 +336,6 @@ def _seed(seed: int, step: int, process: int) -> int:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in text
+    return (
+        isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in text
+    )

@@ -78,7 +78,9 @@ def load(path: Path) -> Suite:
     if suite.search is not None:
         counts = {name: len(suite.search.values.get(name, ())) for name in suite.recipes}
         if len(set(counts.values())) != 1 or not all(counts.values()):
-            raise InputError(f"'{path}'", [f"search.values differ in number or are missing: {counts}"])
+            raise InputError(
+                f"'{path}'", [f"search.values differ in number or are missing: {counts}"]
+            )
     return suite
 
 
@@ -145,7 +147,8 @@ def _one(
         if there.digest == digest:
             return there
         raise InputError(
-            f"'{target}'", ["it is of another recipe than the suite now asks for; move it away to rerun"]
+            f"'{target}'",
+            ["it is of another recipe than the suite now asks for; move it away to rerun"],
         )
     say(f"run {target.stem}: {' '.join(changes)}")
     shutil.rmtree(scratch, ignore_errors=True)

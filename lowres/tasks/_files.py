@@ -47,11 +47,14 @@ def table(folder: Path, stem: str, columns: Sequence[str]) -> Iterator[dict[str,
         InputError: When the file is not there, a column is missing, or rows are broken (with line
             numbers).
     """
-    candidates = [folder / f"{stem}{kind}{pack}" for kind in (".tsv", ".jsonl") for pack in ("", ".gz")]
+    candidates = [
+        folder / f"{stem}{kind}{pack}" for kind in (".tsv", ".jsonl") for pack in ("", ".gz")
+    ]
     path = next((c for c in candidates if c.is_file()), None)
     if path is None:
         raise InputError(
-            f"'{folder}'", [f"holds no {stem}.tsv or {stem}.jsonl (.gz may follow); was it the right one?"]
+            f"'{folder}'",
+            [f"holds no {stem}.tsv or {stem}.jsonl (.gz may follow); was it the right one?"],
         )
     try:
         with open_text(path) as lines:
@@ -107,10 +110,11 @@ def text(name: str) -> str:
     """A whole text file. Raises InputError when it is not there or not UTF-8 text."""
     path = paths.find(name)
     if path is None or not path.is_file():
-        raise InputError("the task", [f"there is no file '{name}' (nor under {paths.data_folder()})"])
+        raise InputError(
+            "the task", [f"there is no file '{name}' (nor under {paths.data_folder()})"]
+        )
     try:
         with open_text(path) as file:
             return file.read()
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise InputError(f"'{path}'", [f"cannot be read as text: {error}"]) from error
-

@@ -88,7 +88,8 @@ def _from_hub(split: str, source: Source) -> Sequence[Example]:
 
     if source.hub is None:
         raise InputError(
-            "the task", [f"the split '{split}' is not on the hub; set `task.folder` to a local copy"]
+            "the task",
+            [f"the split '{split}' is not on the hub; set `task.folder` to a local copy"],
         )
     path, name, hub_split = source.hub
     out, broken = [], []
@@ -96,7 +97,9 @@ def _from_hub(split: str, source: Source) -> Sequence[Example]:
     for i, row in enumerate(datasets.hub_rows(path, name, hub_split)[start:stop]):
         label = row.get("label")
         if not isinstance(label, int) or not 0 <= label < len(source.hub_labels):
-            broken.append(f"row {i + 1}: its label {label!r} is not 0..{len(source.hub_labels) - 1}")
+            broken.append(
+                f"row {i + 1}: its label {label!r} is not 0..{len(source.hub_labels) - 1}"
+            )
             continue
         pair = str(row[source.hub_pair]) if source.hub_pair else None
         out.append(

@@ -85,9 +85,7 @@ def logits(built: Built) -> torch.Tensor:
         return built.learner.logits(batch_of(built))
 
 
-def test_every_method_works_on_some_kind_of_model(
-    method: str, recipe: Callable[..., Any]
-) -> None:
+def test_every_method_works_on_some_kind_of_model(method: str, recipe: Callable[..., Any]) -> None:
     """Behaviour: a method that refuses every kind would pass the other contracts by skipping them."""
     worked = 0
     for kind in KINDS:
@@ -116,7 +114,9 @@ def test_what_is_frozen_is_bit_identical_after_training(method: str, kind: str, 
             assert torch.equal(parameter, before[name]), name
 
 
-def test_every_trained_parameter_gets_a_gradient_and_moves(method: str, kind: str, make: Any) -> None:
+def test_every_trained_parameter_gets_a_gradient_and_moves(
+    method: str, kind: str, make: Any
+) -> None:
     """Behaviour, after two updates: LoRA's A has a zero gradient while B is still zero."""
     recipe, built = make(kind, method)
     before = {n: p.detach().clone() for n, p in built.model.named_parameters() if p.requires_grad}

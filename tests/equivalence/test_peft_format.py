@@ -56,7 +56,9 @@ def test_plain_peft_loads_the_adapter_and_gives_equal_logits(
     )  # fmt: skip
     ids = built.tokenizer(["The king sees the old dog."], return_tensors="pt")
     with torch.no_grad():
-        expected = built.model(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).logits
+        expected = built.model(
+            input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]
+        ).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] in ("SEQ_CLS", "CAUSAL_LM")

@@ -95,9 +95,7 @@ def test_killed_at_three_random_updates_and_resumed_equals_uninterrupted(
                 break
             time.sleep(0.001)
         assert process.wait() == -signal.SIGKILL, process.stderr.read() if process.stderr else ""
-    lowres.run(
-        lowres.load_recipe(keys), output_folder=folder, resume="latest", quiet=True
-    )
+    lowres.run(lowres.load_recipe(keys), output_folder=folder, resume="latest", quiet=True)
     assert_same(folder, whole)
 
 
@@ -137,9 +135,7 @@ def test_out_of_time_saves_and_the_rest_can_be_resumed(
     assert_same(folder, whole)
 
 
-def test_resuming_with_another_recipe_names_what_differs(
-    keys: dict[str, Any], whole: Path
-) -> None:
+def test_resuming_with_another_recipe_names_what_differs(keys: dict[str, Any], whole: Path) -> None:
     """Behaviour: exit 2, and the finished record stays as it was."""
     before = (whole / "record.json").read_text()
     other = lowres.load_recipe(keys, ["optimizer.lr=0.5"])

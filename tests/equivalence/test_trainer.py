@@ -59,9 +59,7 @@ def trainer_losses(recipe: Any, folder: Path) -> list[float]:
     if built.learner.head == "classification":
 
         def divided(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-            total = torch.nn.functional.cross_entropy(
-                outputs.logits, labels[:, 0], reduction="sum"
-            )
+            total = torch.nn.functional.cross_entropy(outputs.logits, labels[:, 0], reduction="sum")
             return total / num_items_in_batch
 
     # The data set repeats, so that the sampler's order may run over several passes.
@@ -77,7 +75,9 @@ def trainer_losses(recipe: Any, folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("method", ["full", {"name": "lora", "targets": "all-linear"}],
                          ids=["full", "lora"])  # fmt: skip
-@pytest.mark.parametrize("kind, objective", [("decoder", "next_token"), ("encoder", "classification")])
+@pytest.mark.parametrize(
+    "kind, objective", [("decoder", "next_token"), ("encoder", "classification")]
+)
 def test_losses_equal_those_of_the_trainer(
     kind: str, objective: str, method: Any, recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
