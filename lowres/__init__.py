@@ -1,8 +1,8 @@
 """Fine-tune a language model on the card you have.
 
 recipe = lowres.load_recipe("recipes/quickstart.yaml", ["method.rank=4"])
-record = lowres.run(recipe)                 # everything, with a record
-built = lowres.build(recipe)                # prepared model, tokenizer, collator, optimizer: your own loop
+record = lowres.run(recipe)   # everything, with a record
+built = lowres.build(recipe)  # prepared model, tokenizer, collator, optimizer: your own loop
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowres import run
     from lowres.core.errors import LowresError
-    from lowres.core.recipe import load_recipe
+    from lowres.core.reading import load_recipe
     from lowres.run.build import build
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __all__ = ["LowresError", "__version__", "build", "load_recipe", "run"]
 
 _HOMES = {
     "LowresError": ("lowres.core.errors", "LowresError"),
-    "load_recipe": ("lowres.core.recipe", "load_recipe"),
+    "load_recipe": ("lowres.core.reading", "load_recipe"),
     "build": ("lowres.run.build", "build"),
 }
 

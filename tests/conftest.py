@@ -124,7 +124,7 @@ def raw_recipe(checkpoints: dict[str, Path]) -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def recipe(raw_recipe: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
     """A small valid Recipe; see `raw_recipe`."""
-    from lowres.core.recipe import load_recipe
+    from lowres.core.reading import load_recipe
 
     return lambda kind="decoder", **changes: load_recipe(raw_recipe(kind, **changes))
 

@@ -29,11 +29,11 @@ def make(loop: Loop) -> Any:
     from accelerate.state import AcceleratorState
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        # accelerate keeps the first Accelerator's precision for the whole Python process; a second run
-        # in it may want another.
+        # accelerate keeps the first Accelerator's precision for the whole Python process; a second
+        # run in it may want another.
         AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return Accelerator(mixed_precision=loop.precision, log_with=list(loop.trackers) or None)
+        return Accelerator(mixed_precision=loop.precision)
     except (ValueError, RuntimeError) as error:
         if loop.precision == "no":
             raise
@@ -56,7 +56,11 @@ def start_trackers(accelerator: Any, output: Path, recipe: Recipe) -> None:
     """Begin logging to the trackers of the recipe, under the output folder."""
     if not recipe.loop.trackers:
         return
+    from accelerate.tracking import filter_trackers
+
+    # The folder is chosen after the Accelerator exists, which the processes need to agree on it.
     accelerator.project_configuration.set_directories(str(output))
+    accelerator.log_with = filter_trackers(list(recipe.loop.trackers), str(output))
     accelerator.init_trackers("tensorboard", config={"digest": recipe.digest})
 
 

@@ -1,8 +1,8 @@
 """Several CPU processes under `accelerate launch --cpu --num_processes N`.
 
-accelerate's launcher (1.15) starts N processes on CPUs only through MPI; without it, it sets the address
-of a process group, starts one process and says nothing. Here the N that were asked for are started by
-torch's own launcher.
+accelerate's launcher (1.15) starts N processes on CPUs only through MPI; without it, it sets the
+address of a process group, starts one process and says nothing. Here the N that were asked for are
+started by torch's own launcher.
 """
 
 from __future__ import annotations

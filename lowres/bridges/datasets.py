@@ -24,8 +24,8 @@ def hub_rows(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
         raise InputError(
             "the task",
             [
-                f"the data set '{path}' ({name or 'default'}, split {split}) cannot be fetched: {why}; "
-                "set `task.folder`, or LOWRES_DATA to a folder that holds it"
+                f"the data set '{path}' ({name or 'default'}, split {split}) cannot be fetched: "
+                f"{why}; set `task.folder`, or LOWRES_DATA to a folder that holds it"
             ],
         ) from error
     return [dict(row) for row in rows]

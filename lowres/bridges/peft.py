@@ -26,8 +26,8 @@ def inject(model: nn.Module, config: Any, blocks: Blocks) -> nn.Module:
     import peft
 
     config.modules_to_save = list(blocks.head) or None
-    # Losses are computed outside the model, so the plain wrapper serves every head; the saved file names
-    # the type, so that PEFT's and transformers' Auto classes can load it.
+    # Losses are computed outside the model, so the plain wrapper serves every head; the saved file
+    # names the type, so that PEFT's and transformers' Auto classes can load it.
     config.task_type = None
     adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].task_type = _task_type(model)
@@ -108,8 +108,8 @@ def _paper_targets(model: nn.Module) -> Sequence[str]:
             [
                 Problem(
                     "method.targets",
-                    f"which layers are queries and values of a '{model_type}' is not known; name them, "
-                    "or use all-linear",
+                    f"which layers are queries and values of a '{model_type}' is not known; "
+                    "name them, or use all-linear",
                 )
             ],
         )

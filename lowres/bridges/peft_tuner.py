@@ -1,8 +1,8 @@
 """Deltas of lowres's own methods as real PEFT tuners.
 
 PEFT's type enum is closed, so each tuner gets a member of an enum of its own in PEFT's mappings; a
-`str` member hashes like its string, which is what PEFT reads from `adapter_config.json`. Importing this
-module makes the types known: do it before `PeftModel.from_pretrained` reads such an adapter.
+`str` member hashes like its string, which is what PEFT reads from `adapter_config.json`. Importing
+this module makes the types known: do it before `PeftModel.from_pretrained` reads such an adapter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lowres.core.delta import Delta
 
 
-class LowresPeftType(str, enum.Enum):
+class LowresPeftType(str, enum.Enum):  # noqa: UP042 (as PEFT's own enum)
     """Types that PEFT does not have. One serves all deltas: the config names the class."""
 
     LOWRES_DELTA = "LOWRES_DELTA"

@@ -23,7 +23,7 @@ def command(
 ) -> None:
     """Check recipes and show every problem of each. Exit 2 when there is one."""
     from lowres.core.errors import InputError
-    from lowres.core.recipe import load_recipe
+    from lowres.core.reading import load_recipe
 
     wrong = False
     for path in recipes:

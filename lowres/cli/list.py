@@ -1,4 +1,6 @@
-"""`lowres list`: what there is to choose from, one line a part. Imports neither torch nor pydantic."""
+"""`lowres list`: what there is to choose from, one line a part. Imports no torch."""
+Imports neither torch nor pydantic.
+"""
 
 from __future__ import annotations
 

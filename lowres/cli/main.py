@@ -18,7 +18,9 @@ COMMANDS = ("list", "show", "check", "run", "report", "bench", "doctor", "schema
 
 
 class _Lazy(TyperGroup):
-    """Imports a subcommand's file when it is asked for; `lowres list` must not wait for `lowres run`."""
+    """Imports a subcommand's file when it is asked for;
+    `lowres list` must not wait for `lowres run`.
+    """
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)

@@ -30,7 +30,8 @@ def command(
         Optional[str],
         typer.Option(
             metavar="[latest|PATH]",
-            help="Go on from the latest checkpoint of this recipe's last run, or from the one named.",
+            help="Go on from the latest checkpoint of this recipe's last run, "
+            "or from the one named.",
         ),
     ] = None,
     as_json: Annotated[

@@ -21,7 +21,7 @@ def command(
     ] = None,
 ) -> None:
     """Print the JSON schema of a recipe. Point your editor's YAML plug-in at it."""
-    from lowres.core.recipe import json_schema
+    from lowres.core.schema import json_schema
 
     text = json.dumps(json_schema(), indent=1) + "\n"
     if output is None:

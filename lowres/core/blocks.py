@@ -15,8 +15,8 @@ class Blocks:
             encoder-decoder lists its encoder blocks first).
         trained: Those of `names` in which a method may train.
         stem: Module paths below the first block (embeddings).
-        head: Module paths that were made anew for this task and hold no pretrained weight. Every method
-            trains them: a frozen random head cannot be fine-tuned around.
+        head: Module paths that were made anew for this task and hold no pretrained weight. Every
+            method trains them: a frozen random head cannot be fine-tuned around.
         train_stem: Whether the embeddings may be trained.
     """
 

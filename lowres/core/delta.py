@@ -1,7 +1,7 @@
 """What a method adds to one module: the part of an adapter that is mathematics.
 
-A method that PEFT lacks writes a Delta; `bridges.peft` makes it a PEFT tuner (saving, several adapters,
-disabling, merging).
+A method that PEFT lacks writes a Delta; `bridges.peft` makes it a PEFT tuner (saving, several
+adapters, disabling, merging).
 """
 
 from __future__ import annotations

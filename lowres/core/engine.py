@@ -43,7 +43,9 @@ class Engine(Protocol):
         """
 
     def update(self, lr: float, max_grad_norm: float | None) -> float | None:
-        """Clip, step, clear. Returns the gradient norm before clipping, None where none was computed."""
+        """Clip, step, clear. Returns the gradient norm before clipping,
+        None where none was computed.
+        """
 
     def discard(self) -> None:
         """Forget the gradients collected since the last update."""

@@ -50,8 +50,8 @@ class Row:
     Args:
         id: The example's.
         inputs: Model arguments by name, each one a sequence of length T.
-        labels: What the loss compares with: T ids with IGNORED where nothing is asked (causal), the ids
-            of the target (sequence to sequence), or a single class.
+        labels: What the loss compares with: T ids with IGNORED where nothing is asked (causal), the
+            ids of the target (sequence to sequence), or a single class.
         truncated: Tokens cut off so that it fits into `max_length`.
     """
 
@@ -79,7 +79,8 @@ def collate(rows: Sequence[Row], pad_id: int, side: Literal["left", "right"] = "
     Args:
         rows: At least one.
         pad_id: The tokenizer's padding id. Which id it is has no influence on any loss: padding is
-            masked by position, never by comparing ids, so a pad token that equals the end token is safe.
+            masked by position, never by comparing ids, so a pad token that equals the end token is
+            safe.
         side: `left` where the next token is read off the last column (generation).
     """
     import torch

@@ -67,7 +67,8 @@ class Encoder:
 
 @dataclass
 class Learner:
-    """The module and the ways to ask it. Levers replace it in `on_learner`; the engine wraps `module`.
+    """The module and the ways to ask it. Levers replace it in `on_learner`;
+    the engine wraps `module`.
 
     Args:
         module: What is called; under several processes the data-parallel wrapper.
@@ -89,10 +90,10 @@ class Learner:
         """Output scores: (B, T, V) of a language-model head, (B, C) of a classification head.
 
         Args:
-            batch: Its `labels` are not passed on, except that an encoder-decoder's decoder inputs are
-                made from them.
-            positions: Columns (U,) to compute; the others' (B, T - U, V) logits are never made where the
-                model can leave them out. The result is then (B, U, V).
+            batch: Its `labels` are not passed on, except that an encoder-decoder's decoder inputs
+                are made from them.
+            positions: Columns (U,) to compute; the others' (B, T - U, V) logits are never made
+                where the model can leave them out. The result is then (B, U, V).
         """
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         if self.head == "seq2seq":
@@ -104,7 +105,9 @@ class Learner:
         return cast("torch.Tensor", self.module(**inputs).logits[:, positions])
 
     def decoder_inputs(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (B, S) moved one to the right behind the start token, IGNORED replaced by padding."""
+        """Labels (B, S) moved one to the right behind the start token,
+        IGNORED replaced by padding.
+        """
         config = cast("Any", self.base.config)
         start = config.decoder_start_token_id
         shifted = labels.new_full(labels.shape, start)
@@ -115,8 +118,8 @@ class Learner:
         """Log-probability of each target token.
 
         Returns:
-            A vector (N,) in float32 over B x S positions, 0 where the label is IGNORED. For a causal head
-            the label at column t is scored by the logits of column t - 1.
+            A vector (N,) in float32 over B x S positions, 0 where the label is IGNORED. For a
+            causal head the label at column t is scored by the logits of column t - 1.
         """
         from torch.nn import functional as F
 

@@ -1,14 +1,24 @@
 """The base of every family. A part is a frozen dataclass whose fields are its recipe keys.
 
-A part's constructor stores and validates; it loads, seeds and prints nothing. No part knows another: what
-one needs of the others it finds in the nouns of `core` (Recipe, Learner, Blocks, Session).
+A part's constructor stores and validates; it loads, seeds and prints nothing. No part knows
+another: what one needs of the others it finds in the nouns of `core` (Recipe, Learner, Blocks,
+Session).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast, dataclass_transform
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    cast,
+    dataclass_transform,
+)
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -55,7 +65,9 @@ class Part:
         return type(self).__module__.rpartition(".")[2]
 
     def check(self, recipe: Recipe) -> Iterator[str]:
-        """What in the recipe this part cannot work with: the value, the reason, the nearest choice."""
+        """What in the recipe this part cannot work with: the value, the reason,
+        the nearest choice.
+        """
         return iter(())
 
 
@@ -68,8 +80,8 @@ class Task(Part):
     Args:
         train_examples: Rows drawn from the training split; None for all.
         data_seed: Seed of that draw and of `hold_out`, apart from the seed of the run.
-        hold_out: Rows taken out of the training split and offered as the split `held_out`, for choosing
-            hyperparameters without looking at an evaluation split.
+        hold_out: Rows taken out of the training split and offered as the split `held_out`, for
+            choosing hyperparameters without looking at an evaluation split.
         evaluate: Splits to score at the end; None for all but `train` and `held_out`.
         eval_examples: Score at most so many rows of each split; None for all.
     """
@@ -105,7 +117,9 @@ class Task(Part):
         raise NotImplementedError
 
     def baseline(self, train: Sequence[Example], examples: Sequence[Example]) -> Prediction | None:
-        """What to predict without a model: the majority of the training split; None where there is none."""
+        """What to predict without a model: the majority of the training split;
+        None where there is none.
+        """
         return None
 
 
@@ -118,7 +132,8 @@ class Method(Part):
     mergeable: ClassVar[bool]
 
     def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
-        """Mark or add the trained parameters, within `blocks`; the returned module replaces `model`.
+        """Mark or add the trained parameters, within `blocks`;
+        the returned module replaces `model`.
 
         Raises InputError when the model has nothing that this method could train.
         """
@@ -139,7 +154,9 @@ class Freezing(Part):
     family: ClassVar[str] = "freezing"
 
     def blocks(self, learner: Learner, sample: Iterable[Batch]) -> Blocks:
-        """The learner's map with a choice made. `sample` yields batches for strategies that look at data."""
+        """The learner's map with a choice made.
+        `sample` yields batches for strategies that look at data.
+        """
         raise NotImplementedError
 
     def before_update(self, model: nn.Module, step: int) -> None:
@@ -157,8 +174,8 @@ class Objective(Part):
     def check(self, recipe: Recipe) -> Iterator[str]:
         if recipe.task.asks not in self.serves:
             yield (
-                f"it cannot serve the task '{recipe.task.name}', which asks for a {recipe.task.asks}; "
-                f"{self.name} serves {', '.join(sorted(self.serves))}"
+                f"it cannot serve the task '{recipe.task.name}', which asks for "
+                f"a {recipe.task.asks}; {self.name} serves {', '.join(sorted(self.serves))}"
             )
 
     def rows(
@@ -171,7 +188,9 @@ class Objective(Part):
         raise NotImplementedError
 
     def targets(self, batch: Batch) -> int:
-        """How many terms the loss of this batch sums over; the mean is taken over the global batch."""
+        """How many terms the loss of this batch sums over;
+        the mean is taken over the global batch.
+        """
         raise NotImplementedError
 
     def loss(self, learner: Learner, batch: Batch) -> torch.Tensor:

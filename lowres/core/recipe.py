@@ -1,24 +1,17 @@
-"""A run as data: one part from each family, a model, a loop, a budget.
-
-Reading a recipe collects every problem (unknown key, wrong type, missing section, unknown part, a part
-that refuses another) with its line and shows them at once.
-"""
+"""A run as data: one part from each family, a model, a loop, a budget."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from lowres.core import registry
-from lowres.core.errors import InputError, Problem
+from lowres.core.errors import Problem
 from lowres.core.parts import (
     Freezing,
     Lever,
@@ -44,7 +37,8 @@ class Model:
     """Which weights.
 
     Args:
-        checkpoint: Hub id, folder, or `package:<module>/<path>` (weights inside an installed package).
+        checkpoint: Hub id, folder, or `package:<module>/<path>` (weights inside an installed
+            package).
         revision: Hub commit, tag or branch.
         dtype: What the weights are held in.
         attention: Attention implementation of transformers.
@@ -71,7 +65,8 @@ class Loop:
             `round(epochs * rows / global_batch_size)`, at least one, each over a full global batch.
         steps: Optimizer updates.
         micro_batch_size: Rows that are in memory at once: the memory knob.
-        global_batch_size: Rows of an update, over all micro-batches and processes: the learning knob.
+        global_batch_size: Rows of an update, over all micro-batches and processes: the learning
+            knob.
         max_length: Longest row in tokens.
         eval_batch_size: Rows at once in evaluation; the micro-batch when None.
         warmup_ratio: Share of the updates over which the learning rate rises from 0.
@@ -174,8 +169,8 @@ class Recipe:
     def digest(self) -> str:
         """16 hex digits over what the run computes; two recipes of equal digest are the same run.
 
-        The budget, trackers, checkpoint and evaluation intervals are left out: changing them changes no
-        weight.
+        The budget, trackers, checkpoint and evaluation intervals are left out: changing them
+        changes no weight.
         """
         resolved = self.resolved()
         del resolved["budget"]
@@ -187,261 +182,13 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-_SECTIONS: dict[str, type[Any]] = {"model": Model, "loop": Loop, "budget": Budget}
-_OPTIONAL: dict[str, Any] = {
+SECTIONS: dict[str, type[Any]] = {"model": Model, "loop": Loop, "budget": Budget}
+OPTIONAL: dict[str, Any] = {
     "freezing": "none",
     "procedure": "finetune",
     "levers": [],
     "budget": {},
     "schema": SCHEMA,
 }
-_KEYS = ("schema", "model", "task", "method", "freezing", "objective", "optimizer", "levers",
+KEYS = ("schema", "model", "task", "method", "freezing", "objective", "optimizer", "levers",
          "procedure", "loop", "budget")  # fmt: skip
-
-
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from a YAML file or a mapping.
-
-    Args:
-        source: Path, or keys as they would stand in the file.
-        overrides: `key=value` with dotted keys (`method.rank=4`, `levers.0.name=x`), values in YAML.
-
-    Raises:
-        InputError: With every problem found.
-    """
-    if isinstance(source, Mapping):
-        return _Reader(dict(source), {}, None, overrides).recipe()
-    path = Path(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}'", [f"cannot be read: {error}"]) from None
-    try:
-        node = yaml.compose(text, Loader=_Yaml)
-        raw = yaml.load(text, Loader=_Yaml)  # noqa: S506  (_Yaml is a SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else None
-        what = getattr(error, "problem", None) or str(error)
-        raise InputError(
-            f"'{path}'", [Problem("", f"it is not valid YAML: {what}", line)]
-        ) from None
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"'{path}'", ["it holds no keys; see recipes/quickstart.yaml for the form"]
-        )
-    return _Reader(raw, dict(_lines(node)), str(path), overrides).recipe()
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML in which 2e-4 is a number (YAML 1.1 wants 2.0e-4) and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key '{key_node.value}' stands twice",
-                    problem_mark=key_node.start_mark,
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted key to line, for every key and list item of a document."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = f"{path}.{key.value}" if path else str(key.value)
-            yield here, key.start_mark.line + 1
-            yield from _lines(value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            yield f"{path}.{i}", value.start_mark.line + 1
-            yield from _lines(value, f"{path}.{i}")
-
-
-class _Reader:
-    """Turns raw keys into a Recipe while collecting problems."""
-
-    def __init__(
-        self,
-        raw: dict[str, Any],
-        lines: dict[str, int],
-        source: str | None,
-        overrides: Sequence[str],
-    ) -> None:
-        self.raw, self.lines, self.source, self.overrides = raw, lines, source, tuple(overrides)
-        self.problems: list[Problem] = []
-
-    def recipe(self) -> Recipe:
-        for override in self.overrides:
-            self._override(override)
-        for key in self.raw:
-            if key not in _KEYS:
-                self._add(str(key), f"is not a key{registry.did_you_mean(key, _KEYS)}")
-        read: dict[str, Any] = {}
-        for key in _KEYS:
-            if key in self.raw or key in _OPTIONAL:
-                read[key] = self._read(key, self.raw.get(key, _OPTIONAL.get(key)))
-            else:
-                self._add(key, "is missing")
-        if isinstance(read.get("loop"), Loop):
-            for problem in read["loop"].problems():
-                self._add(problem.where, problem.text)
-        self._stop_at_problems()
-        recipe = Recipe(**read, source=self.source, overrides=self.overrides)
-        self._let_parts_check(recipe)
-        self._stop_at_problems()
-        return recipe
-
-    def _read(self, key: str, value: Any) -> Any:
-        if key == "schema":
-            if value != SCHEMA:
-                self._add(key, f"is {value!r}; this version reads {SCHEMA}")
-            return value
-        if key in _SECTIONS:
-            return self._validate(_SECTIONS[key], value, key)
-        if key == "levers":
-            if not isinstance(value, list):
-                self._add(key, f"is {value!r}; give a list such as [gradient_checkpointing]")
-                return ()
-            return tuple(self._part("lever", one, f"levers.{i}") for i, one in enumerate(value))
-        return self._part(key, value, key)
-
-    def _part(self, family: str, value: Any, where: str) -> Any:
-        fields = {"name": value} if isinstance(value, str) else value
-        if not isinstance(fields, dict) or not isinstance(fields.get("name"), str):
-            self._add(where, f"is {value!r}; give a name, or a mapping with `name`")
-            return None
-        name = fields["name"]
-        if name not in registry.names(family):
-            self._add(where, registry.unknown(family, name))
-            return None
-        rest = {k: v for k, v in fields.items() if k != "name"}
-        return self._validate(registry.load(family, name), rest, where)
-
-    def _validate(self, cls: type[Any], value: Any, where: str) -> Any:
-        if not isinstance(value, dict):
-            self._add(where, f"is {value!r}; give a mapping of its fields")
-            return None
-        known = [f.name for f in dataclasses.fields(cls)]
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(value, default=str), strict=True)
-        except ValidationError as error:
-            for e in error.errors():
-                at = ".".join([where, *(str(x) for x in e["loc"])])
-                leaf = str(e["loc"][-1]) if e["loc"] else ""
-                if e["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                    self._add(at, f"is not a field{registry.did_you_mean(leaf, known)}")
-                elif e["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
-                    self._add(at, "is missing")
-                else:
-                    self._add(at, f"is {e['input']!r}; {e['msg'][0].lower()}{e['msg'][1:]}")
-            return None
-
-    def _override(self, text: str) -> None:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            self._add("--set", f"'{text}' is not of the form KEY=VALUE")
-            return
-        try:
-            parsed = yaml.load(value, Loader=_Yaml)  # noqa: S506
-        except yaml.YAMLError:
-            self._add("--set", f"the value of '{text}' is not valid YAML")
-            return
-        *parents, last = key.split(".")
-        at: Any = self.raw
-        for parent in parents:
-            slot: Any = int(parent) if isinstance(at, list) and parent.isdigit() else parent
-            try:
-                below = at[slot]
-            except (KeyError, IndexError):
-                if isinstance(at, list):
-                    self._add("--set", f"'{key}' names no item of a list of {len(at)}")
-                    return
-                below = at[slot] = {}
-            except TypeError:
-                self._add("--set", f"'{key}' goes below a value")
-                return
-            if isinstance(below, str):
-                below = at[slot] = {"name": below}
-            elif below is None:
-                below = at[slot] = {}
-            at = below
-        if isinstance(at, list):
-            if not last.isdigit() or int(last) >= len(at):
-                self._add("--set", f"'{key}' names no item of a list of {len(at)}")
-                return
-            at[int(last)] = parsed
-        elif isinstance(at, dict):
-            at[last] = parsed
-        else:
-            self._add("--set", f"'{key}' goes below a value")
-        self.lines = {
-            k: v for k, v in self.lines.items() if k != key and not k.startswith(key + ".")
-        }
-
-    def _let_parts_check(self, recipe: Recipe) -> None:
-        parts = {f: getattr(recipe, f) for f in registry.FAMILIES if f != "lever"}
-        parts |= {f"levers.{i}": lever for i, lever in enumerate(recipe.levers)}
-        for where, one in parts.items():
-            for text in one.check(recipe):
-                self._add(where, f"'{one.name}': {text}")
-        twice = [lv.name for i, lv in enumerate(recipe.levers) if lv.name in
-                 [x.name for x in recipe.levers[:i]]]  # fmt: skip
-        for name in twice:
-            self._add("levers", f"'{name}' stands twice")
-
-    def _add(self, where: str, text: str) -> None:
-        line = None
-        at = where
-        while at and line is None:
-            line = self.lines.get(at)
-            at = at.rpartition(".")[0]
-        self.problems.append(Problem(where, text, line))
-
-    def _stop_at_problems(self) -> None:
-        if self.problems:
-            raise InputError(self.source or "the recipe", self.problems)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe file, from the parts that are there; editors complete and check with it."""
-
-    def fields(cls: type[Any], name: str | None = None) -> dict[str, Any]:
-        schema = TypeAdapter(cls).json_schema(ref_template="#/$defs/{model}")
-        schema.pop("title", None)
-        schema["additionalProperties"] = False
-        if name is not None:
-            schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
-            schema["required"] = ["name", *schema.get("required", [])]
-            summary = registry.docstring(family, name).partition("\n")[0]
-            schema["description"] = summary
-        return schema
-
-    properties: dict[str, Any] = {"schema": {"const": SCHEMA}}
-    for key, cls in _SECTIONS.items():
-        properties[key] = fields(cls)
-    for family in registry.FAMILIES:
-        there = registry.names(family)
-        choice = {"anyOf": [{"enum": there}] + [fields(registry.load(family, n), n) for n in there]}
-        if family == "lever":
-            properties["levers"] = {"type": "array", "items": choice}
-        else:
-            properties[family] = choice
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "lowres recipe",
-        "type": "object",
-        "additionalProperties": False,
-        "required": [k for k in _KEYS if k not in _OPTIONAL],
-        "properties": {k: properties[k] for k in _KEYS},
-    }

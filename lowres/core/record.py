@@ -1,7 +1,7 @@
 """The record that every run writes, in every outcome. JSON, one file, `record.json`.
 
-Where PEFT's method comparison has a field of the same meaning, the name is close to its; all sizes are
-bytes and say so.
+Where PEFT's method comparison has a field of the same meaning, the name is close to its; all sizes
+are bytes and say so.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ Phase = Literal["load", "first_step", "steady_steps", "evaluate", "save"]
 
 @dataclass
 class PhaseMemory:
-    """Peaks within one phase. None where this device has no such figure, or the phase was not measured.
+    """Peaks within one phase. None where this device has no such figure,
+    or the phase was not measured.
 
     Args:
-        live_bytes: Peak of bytes held by live tensors on the compute device, counted by storage. On CPU
-            from a dispatch mode on probe steps, on CUDA the allocator's requested bytes.
+        live_bytes: Peak of bytes held by live tensors on the compute device, counted by storage. On
+            CPU from a dispatch mode on probe steps, on CUDA the allocator's requested bytes.
         allocated_bytes: CUDA: peak of the caching allocator's blocks in use.
         reserved_bytes: CUDA: peak of what the allocator took from the driver.
         process_bytes: CUDA: what the driver charges the process (NVML), at the end of the phase.
@@ -43,7 +44,9 @@ class PhaseMemory:
 
 @dataclass
 class StepTime:
-    """Seconds of whole optimizer updates between synchronisations, warm-up and probe steps left out."""
+    """Seconds of whole optimizer updates between synchronisations,
+    warm-up and probe steps left out.
+    """
 
     n: int
     p20_seconds: float
@@ -102,7 +105,9 @@ class Score:
 
 @dataclass
 class Event:
-    """Something that a reader of the record should know: recovery, truncation, checkpoint, warning."""
+    """Something that a reader of the record should know: recovery, truncation,
+    checkpoint, warning.
+    """
 
     step: int
     kind: str

@@ -1,7 +1,7 @@
 """Parts found by name: listing a family is listing its folder.
 
-A part is the one class marked `@part` in `lowres/<family>/<name>.py`. Listing and describing read files
-and import nothing, so `lowres list` needs neither torch nor pydantic.
+A part is the one class marked `@part` in `lowres/<family>/<name>.py`. Listing and describing read
+files and import nothing, so `lowres list` needs no torch.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ class Session(Protocol):
     learner: Learner
 
     def updates(self) -> Iterator[tuple[int, Sequence[Row]]]:
-        """The updates still to be made: their number (from 0) and the rows of their global batch."""
+        """The updates still to be made:
+        their number (from 0) and the rows of their global batch.
+        """
 
     def update(self, step: int, rows: Sequence[Row]) -> float:
         """Make one optimizer update over the rows; returns the mean loss over their targets."""

@@ -26,7 +26,7 @@ class GradientCheckpointing(Lever):
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
 
     def on_learner(self, learner: Learner) -> Learner:
-        from lowres.bridges import peft, transformers
+        from lowres.bridges import blocks, peft
 
-        transformers.checkpoint_blocks(peft.unwrap_adapted(learner.base))
+        blocks.checkpoint_blocks(peft.unwrap_adapted(learner.base))
         return learner

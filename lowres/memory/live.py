@@ -1,8 +1,8 @@
 """Bytes held by live tensors, counted by storage while a block of code runs.
 
-A dispatch mode sees every tensor that an operation returns; a storage counts from the first time it is
-seen until the last tensor over it dies. Bytes are what the storage asks for, without the allocator's
-rounding, so the figure is exact and the same on every run.
+A dispatch mode sees every tensor that an operation returns; a storage counts from the first time it
+is seen until the last tensor over it dies. Bytes are what the storage asks for, without the
+allocator's rounding, so the figure is exact and the same on every run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The peaks of each phase: live tensors, the CUDA allocator's and the driver's figures, resident memory."""
+"""The peaks of each phase: live tensors, the CUDA allocator's and the driver's figures,
+resident memory.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ class Meter:
         """Measure a block as (part of) a phase; a phase entered again keeps the larger peaks.
 
         Args:
-            held: On CPU, the tensors alive at the start; live bytes are counted in this block, which
-                slows it (a probe). None leaves them out.
+            held: On CPU, the tensors alive at the start; live bytes are counted in this block,
+                which slows it (a probe). None leaves them out.
         """
         cuda = self.device.type == "cuda"
         if cuda:
@@ -123,7 +125,9 @@ def _reset_peak_resident() -> bool:
 
 
 def _peak_resident_bytes(was_reset: bool) -> int:
-    """High-water mark since the reset; where there is none, the larger of now and the process's peak."""
+    """High-water mark since the reset; where there is none,
+    the larger of now and the process's peak.
+    """
     if was_reset:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -3,8 +3,8 @@
 Paper: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models,
 Ben-Zaken et al. 2021. https://arxiv.org/abs/2106.10199
 
-Departs from the paper: the change d is held beside the frozen bias, so that several adapters can share
-one base and be switched off; the update of d is the update of b.
+Departs from the paper: the change d is held beside the frozen bias, so that several adapters can
+share one base and be switched off; the update of d is the update of b.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Full(Method):
     """All parameters of the trained blocks, the embeddings, the final norm and the head."""
 
-    # Decoders 1e-5 to 5e-5 (Mosbach et al. 2023, https://arxiv.org/abs/2305.16938); the tests and small
-    # encoders want more.
+    # Decoders 1e-5 to 5e-5 (Mosbach et al. 2023, https://arxiv.org/abs/2305.16938); the tests and
+    # small encoders want more.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
     mergeable: ClassVar[bool] = True
 

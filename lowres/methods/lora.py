@@ -3,7 +3,8 @@
 Paper: LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021.
 https://arxiv.org/abs/2106.09685
 
-Departs from the paper: A starts Kaiming-uniform instead of Gaussian (as PEFT and the authors' code do).
+Departs from the paper: A starts Kaiming-uniform instead of Gaussian (as PEFT and the authors' code
+do).
 """
 
 from __future__ import annotations

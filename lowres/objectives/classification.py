@@ -3,7 +3,8 @@
 Paper: BERT: Pre-training of Deep Bidirectional Transformers, Devlin et al. 2018 (section 4.1).
 https://arxiv.org/abs/1810.04805
 
-Departs from the paper: decoders are read at their last token (transformers' sequence classification).
+Departs from the paper: decoders are read at their last token (transformers' sequence
+classification).
 """
 
 from __future__ import annotations

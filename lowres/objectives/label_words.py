@@ -1,10 +1,11 @@
 """A pattern around the text and a word for each label, scored by the language-model head.
 
-Paper: Exploiting Cloze Questions for Few Shot Text Classification, Schick and Schuetze 2020 (section 3).
-https://arxiv.org/abs/2001.07676
+Paper: Exploiting Cloze Questions for Few Shot Text Classification, Schick and Schuetze 2020
+(section 3). https://arxiv.org/abs/2001.07676
 
-Departs from the paper: one pattern, no auxiliary loss; for decoders the word follows the pattern, as in
-Few-shot Fine-tuning vs. In-context Learning, Mosbach et al. 2023, https://arxiv.org/abs/2305.16938.
+Departs from the paper: one pattern, no auxiliary loss; for decoders the word follows the pattern,
+as in Few-shot Fine-tuning vs. In-context Learning, Mosbach et al. 2023,
+https://arxiv.org/abs/2305.16938.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ MASK = "{mask}"
 class LabelWords(Objective):
     """No new weights: the pretrained head answers from the first update on.
 
-    Only the logits of the answer's column are made, (B, V) instead of (B, T, V), where the model can.
+    Only the logits of the answer's column are made, (B, V) instead of (B, T, V), where the model
+    can.
 
     Args:
-        pattern: With `{text}`, `{pair}`, and for masked models `{mask}` (put at the end when absent).
-            None takes the task's.
+        pattern: With `{text}`, `{pair}`, and for masked models `{mask}` (put at the end when
+            absent). None takes the task's.
         words: One for each label, each a single token as it follows the pattern (mind the leading
             space). None takes the task's.
         over: Cross-entropy over the whole vocabulary, or over the words alone. The first equals the
@@ -184,6 +186,6 @@ def _fit(example: Example, pattern: str, encoder: Encoder) -> tuple[list[int], i
                     )
                 ],
             )
-        # Cutting as many words as there are tokens too many would overshoot; a third is never too few
-        # for long and at least one keeps it moving.
+        # Cutting as many words as there are tokens too many would overshoot; a third is never too
+        # few for long and at least one keeps it moving.
         texts[longer] = " ".join(words[: len(words) - max(1, over // 3)]) if len(words) > 1 else ""

@@ -1,6 +1,7 @@
 """Likelihood of the next token: of the answer given the prompt, or of the text itself.
 
-Paper: Improving Language Understanding by Generative Pre-Training, Radford et al. 2018 (equation 1).
+Paper: Improving Language Understanding by Generative Pre-Training, Radford et al. 2018 (equation
+1).
 
 Departs from the paper: none.
 """
@@ -41,8 +42,8 @@ class NextToken(Objective):
 
     def targets(self, batch: Batch) -> int:
         labels = batch["labels"]
-        # The first column of a causal row has no position before it to be predicted from; no row begins
-        # with a target, since every row begins with a prompt or a start token.
+        # The first column of a causal row has no position before it to be predicted from; no row
+        # begins with a target, since every row begins with a prompt or a start token.
         return int((labels != IGNORED).sum())
 
     def loss(self, learner: Learner, batch: Batch) -> torch.Tensor:

@@ -28,8 +28,8 @@ class Adamw(Optimizer):
 
     Args:
         lr: Peak learning rate; the schedule scales it.
-        implementation: `fused` makes no parameter-sized temporary; `foreach` makes one of the size of
-            all trained parameters; `loop` is slowest.
+        implementation: `fused` makes no parameter-sized temporary; `foreach` makes one of the size
+            of all trained parameters; `loop` is slowest.
     """
 
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}

@@ -1,7 +1,8 @@
-"""A run from recipe to record. The package can be called: `lowres.run(recipe)` is `execute(recipe)`.
+"""A run from recipe to record. The package can be called:
+`lowres.run(recipe)` is `execute(recipe)`.
 
-The folder and the function share the name that users expect of each; a module's class may be replaced
-(Python's data model, "Customizing module attribute access") so that one name serves both.
+The folder and the function share the name that users expect of each; a module's class may be
+replaced (Python's data model, "Customizing module attribute access") so that one name serves both.
 """
 
 from __future__ import annotations

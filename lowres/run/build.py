@@ -1,4 +1,6 @@
-"""From a recipe to a prepared model, tokenizer, collator and optimizer: for `lowres run`, or any loop."""
+"""From a recipe to a prepared model, tokenizer, collator and optimizer: for `lowres run`,
+or any loop.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ def read(recipe: Recipe) -> Inputs:
             [
                 Problem(
                     "objective",
-                    f"'{recipe.objective.name}' works on {serves}; '{wanted.checkpoint}' is a(n) {kind}",
+                    f"'{recipe.objective.name}' works on {serves}; "
+                    f"'{wanted.checkpoint}' is a(n) {kind}",
                 )
             ],
         )
@@ -99,7 +102,8 @@ def _stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: K
             [
                 Problem(
                     "loop.max_length",
-                    f"{recipe.loop.max_length}{tail} is more than the {limit} positions of the model",
+                    f"{recipe.loop.max_length}{tail} is more than the "
+                    f"{limit} positions of the model",
                 )
             ],
         )
@@ -110,6 +114,7 @@ def assemble(recipe: Recipe, inputs: Inputs) -> Built:
     import torch
 
     from lowres.bridges import transformers
+    from lowres.bridges.blocks import map_blocks
 
     request = LoadRequest(
         checkpoint=recipe.model.checkpoint,
@@ -124,7 +129,7 @@ def assemble(recipe: Recipe, inputs: Inputs) -> Built:
     request = fold(request, recipe.levers, "on_load")
     seed = recipe.loop.seed
     model, fresh = transformers.load_model(request, inputs.config, inputs.encoder.pad_id, seed)
-    blocks = transformers.map_blocks(model, fresh, recipe.model.init == "pretrained")
+    blocks = map_blocks(model, fresh, recipe.model.init == "pretrained")
     learner = Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
     learner.blocks = recipe.freezing.blocks(learner, _sample(recipe, inputs))
@@ -137,7 +142,8 @@ def assemble(recipe: Recipe, inputs: Inputs) -> Built:
         raise InputError(
             "the recipe",
             [
-                f"method '{recipe.method.name}' and freezing '{recipe.freezing.name}' leave nothing to train"
+                f"method '{recipe.method.name}' and freezing '{recipe.freezing.name}' "
+                "leave nothing to train"
             ],
         )
     optimizer = fold(recipe.optimizer.make(trained), recipe.levers, "on_optimizer")

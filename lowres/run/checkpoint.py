@@ -1,4 +1,6 @@
-"""Checkpoints to resume from: written aside and renamed, so that a killed run leaves only whole ones."""
+"""Checkpoints to resume from: written aside and renamed,
+so that a killed run leaves only whole ones.
+"""
 
 from __future__ import annotations
 

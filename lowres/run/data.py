@@ -1,4 +1,6 @@
-"""From a task's words to rows: draws, held-out rows, encoding, what encoding cut off, order of updates."""
+"""From a task's words to rows: draws, held-out rows, encoding, what encoding cut off,
+order of updates.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def prepare(recipe: Recipe, encoder: Encoder, vocabulary: int) -> Data:
         vocabulary: Rows of the model's embedding table.
 
     Raises:
-        InputError: Broken or empty data, nothing left to train on, token ids outside the vocabulary.
+        InputError: Broken or empty data, nothing left to train on, token ids outside the
+            vocabulary.
     """
     task, objective = recipe.task, recipe.objective
     wanted = _wanted_splits(recipe)
@@ -55,8 +58,8 @@ def prepare(recipe: Recipe, encoder: Encoder, vocabulary: int) -> Data:
             [
                 Problem(
                     "loop.max_length",
-                    f"within {recipe.loop.max_length} tokens not one of {len(rows)} training rows keeps "
-                    "a label; the prompts alone are as long, so raise it",
+                    f"within {recipe.loop.max_length} tokens not one of {len(rows)} training rows "
+                    "keeps a label; the prompts alone are as long, so raise it",
                 )
             ],
         )
@@ -152,8 +155,8 @@ def _remark(data: Data, encoder: Encoder) -> None:
         end = encoder.tokenizer.eos_token_id
         trained = sum(end in row.labels for row in data.train)
         data.remarks.append(
-            f"the pad token is the end token; padding is masked by position, and the end token is a "
-            f"target in {trained} of {len(data.train)} training rows"
+            "the pad token is the end token; padding is masked by position, and the end token is "
+            f"a target in {trained} of {len(data.train)} training rows"
         )
 
 
@@ -175,10 +178,10 @@ def _stop_outside_vocabulary(data: Data, vocabulary: int) -> None:
 class Order:
     """Which rows each update trains on, as a pure function of seed and update.
 
-    Rows run through one permutation after the other, and every update takes a full global batch from
-    that stream, across the border of two passes where it falls inside a batch. The two updates with the
-    longest rows are moved to the front: a run that will run out of memory does so in its first minute.
-    Nothing here depends on the micro-batch or the number of processes.
+    Rows run through one permutation after the other, and every update takes a full global batch
+    from that stream, across the border of two passes where it falls inside a batch. The two updates
+    with the longest rows are moved to the front: a run that will run out of memory does so in its
+    first minute. Nothing here depends on the micro-batch or the number of processes.
 
     Args:
         lengths: Tokens of each row.

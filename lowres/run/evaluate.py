@@ -1,4 +1,6 @@
-"""Predict every row of the splits to score, on all processes, and score them beside the baseline."""
+"""Predict every row of the splits to score, on all processes,
+and score them beside the baseline.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ def evaluate(
         output: Predictions go to `<output>/predictions/<split>-<step>.jsonl`; None writes none.
         held: Tensors alive before, for the memory probe on the longest batch.
     """
-    # Data-parallel wrappers synchronise buffers in forward, and processes may have different numbers of
-    # batches: evaluation asks the model itself.
+    # Data-parallel wrappers synchronise buffers in forward, and processes may have different
+    # numbers of batches: evaluation asks the model itself.
     learner = dataclasses.replace(learner, module=learner.base)
     learner.base.eval()
     scores = []

@@ -82,9 +82,9 @@ def execute(
             return evaluate(recipe, learner, inputs.data, accelerator, meter, step, folder, held)
 
         session = TrainingSession(
-            recipe=recipe, learner=learner, engine=engine, data=inputs.data, accelerator=accelerator,
-            meter=meter, reporter=reporter, output=folder, started=started, evaluate=score,
-            resume=resumed,
+            recipe=recipe, learner=learner, engine=engine, data=inputs.data,
+            accelerator=accelerator, meter=meter, reporter=reporter, output=folder,
+            started=started, evaluate=score, resume=resumed,
         )  # fmt: skip
         for remark in inputs.data.remarks:
             if resumed is None:

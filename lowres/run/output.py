@@ -1,4 +1,6 @@
-"""The output folder: claimed once, never overwritten; record, recipe, losses, model and its card."""
+"""The output folder: claimed once, never overwritten;
+record, recipe, losses, model and its card.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def stem(recipe: Recipe) -> str:
 
 
 def claim(recipe: Recipe, asked: Path | None) -> Path:
-    """Make the folder of a new run: the one asked for, else `runs/<recipe>-<n>` with the next free n.
+    """Make the folder of a new run: the one asked for,
+    else `runs/<recipe>-<n>` with the next free n.
 
     Raises:
         InputError: When the folder holds a run already, or cannot be written.
@@ -46,7 +49,8 @@ def claim(recipe: Recipe, asked: Path | None) -> Path:
             raise InputError(
                 f"'{asked}'",
                 [
-                    "it exists and is not empty; --resume goes on with it, --output DIR names another"
+                    "it exists and is not empty; --resume goes on with it, "
+                    "--output DIR names another"
                 ],
             )
         folder = asked
@@ -90,7 +94,8 @@ def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Pat
     raise InputError(
         f"'{where}'",
         [
-            "holds no checkpoint to resume from; loop.save_every writes them, or run without --resume"
+            "holds no checkpoint to resume from; loop.save_every writes them, "
+            "or run without --resume"
         ],
     )
 
@@ -165,7 +170,8 @@ def write_card(folder: Path, recipe: Recipe, record: RunRecord) -> None:
         "",
         f"`{recipe.model.checkpoint}` fine-tuned with lowres on the task `{recipe.task.name}` "
         f"(version {recipe.task.version}): method `{recipe.method.name}`, objective "
-        f"`{recipe.objective.name}`, {len(record.losses)} updates of {recipe.loop.global_batch_size} rows.",
+        f"`{recipe.objective.name}`, {len(record.losses)} updates of "
+        f"{recipe.loop.global_batch_size} rows.",
         "",
     ]
     if record.scores:

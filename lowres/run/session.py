@@ -1,15 +1,14 @@
-"""A prepared run while it trains: one update at a time, measured, recoverable, within its budget."""
+"""A prepared run while it trains: one update at a time, measured, recoverable,
+within its budget.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ from lowres.core.learner import Learner
 from lowres.core.parts import values
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Score, StepTime
-from lowres.core.units import format_bytes, gib_to_bytes
 from lowres.memory.live import tensors_of
 from lowres.memory.meter import Meter
 from lowres.run import checkpoint
 from lowres.run.checkpoint import Progress
 from lowres.run.data import Data, Order, updates_of
+from lowres.run.limits import Limits
 from lowres.run.output import Losses
 from lowres.run.progress import Reporter
 
@@ -81,7 +80,7 @@ class TrainingSession:
         self._made_here = 0
         self._timed: list[tuple[float, float]] = []
         self._steady: contextlib.ExitStack | None = None
-        self._stop_asked = False
+        self._limits = Limits(recipe.budget, output, started, reporter)
         # Not read off `base.training`: PEFT's wrapper says True around a model that was loaded in
         # evaluation mode.
         self._in_training_mode = False
@@ -90,7 +89,7 @@ class TrainingSession:
 
     def updates(self) -> Iterator[tuple[int, Sequence[Row]]]:
         self.reporter.begin(self.progress.step, self.total)
-        with self._stop_between_updates():
+        with self._limits.stopping_between_updates():
             for step in range(self.progress.step, self.total):
                 yield step, [self.data.train[i] for i in self._order.rows(step)]
         self.close()
@@ -140,7 +139,7 @@ class TrainingSession:
         if loop.save_every and made % loop.save_every == 0 and made < self.total:
             self._save()
         if made < self.total:
-            self._stop_if_asked_or_over_budget()
+            self._stop_where_limits_say()
 
     def evaluate(self) -> list[Score]:
         """Score now; the scores are kept and shown."""
@@ -196,7 +195,9 @@ class TrainingSession:
             yield
 
     def _gradients(self, step: int, rows: Sequence[Row]) -> tuple[float, float, float]:
-        """Gradients of the mean loss over the global batch; the loss sum, targets and tokens in it."""
+        """Gradients of the mean loss over the global batch;
+        the loss sum, targets and tokens in it.
+        """
         while True:
             try:
                 return self._try_gradients(step, rows)
@@ -216,8 +217,8 @@ class TrainingSession:
                 )
             if size == 1:
                 raise errors.OutOfMemory(
-                    f"out of memory at micro-batch 1 ({message}); lower loop.max_length, add the lever "
-                    "gradient_checkpointing, or train less (method lora, freezing prefix)"
+                    f"out of memory at micro-batch 1 ({message}); lower loop.max_length, add the "
+                    "lever gradient_checkpointing, or train less (method lora, freezing prefix)"
                 )
             self.progress.micro_batch_size = -(-size // 2)
             self.event(
@@ -237,7 +238,8 @@ class TrainingSession:
         tokens = float(sum(int(b["attention_mask"].sum()) for b in batches))
         own_targets = float(sum(objective.targets(b) for b in batches))
         targets, tokens = accelerate.sum_over_processes(accelerator, [own_targets, tokens])
-        # A function of seed, update and process alone: a repeated or resumed update draws the same dropout.
+        # A function of seed, update and process alone: a repeated or resumed update draws the same
+        # dropout.
         torch.manual_seed(_seed(self.recipe.loop.seed, step, accelerator.process_index))
         loss_sum = torch.zeros((), dtype=torch.float64)
         for number, batch in enumerate(batches):
@@ -261,72 +263,19 @@ class TrainingSession:
                 "micro-batch: train fewer parameters (method lora) or freeze more"
             ) from error
 
+    def _stop_where_limits_say(self) -> None:
+        """Save and end the run when it was asked to stop or takes more than its budget."""
+        exceeded = accelerate.sum_over_processes(self.accelerator, self._limits.exceeded())
+        if any(exceeded):
+            self._save()
+            raise self._limits.error(exceeded, self.progress.step, self.total)
+
     def _save(self) -> None:
         self.close()
         with self.meter.phase("save"):
             self.checkpoint_bytes = checkpoint.save(
                 self.accelerator, self.output, self.progress, self.recipe.loop.keep_checkpoints
             )
-
-    def _stop_if_asked_or_over_budget(self) -> None:
-        budget = self.recipe.budget
-        minutes = (time.monotonic() - self.started) / 60
-        late = budget.minutes is not None and minutes > budget.minutes
-        resident = self.reporter.resident_bytes()
-        heavy = budget.host_gib is not None and resident > gib_to_bytes(budget.host_gib)
-        asked, late_any, heavy_any = accelerate.sum_over_processes(
-            self.accelerator, [float(self._stop_asked), float(late), float(heavy)]
-        )
-        if not (asked or late_any or heavy_any):
-            self._stop_if_disk_is_over_budget()
-            return
-        self._save()
-        where = f"{self.output}/checkpoint-{self.progress.step}"
-        if asked:
-            raise errors.Interrupted(f"stopped after update {self.progress.step}; saved {where}")
-        if late_any:
-            raise errors.OutOfTime(
-                f"budget.minutes {budget.minutes} is used up after update {self.progress.step} of "
-                f"{self.total}; saved {where}, --resume goes on"
-            )
-        raise errors.OutOfMemory(
-            f"resident memory {format_bytes(resident)} is over budget.host_gib {budget.host_gib}; saved "
-            f"{where}; lower loop.micro_batch_size or raise the budget and --resume"
-        )
-
-    def _stop_if_disk_is_over_budget(self) -> None:
-        disk = self.recipe.budget.disk_gib
-        saved_now = (
-            self.recipe.loop.save_every and self.progress.step % self.recipe.loop.save_every == 0
-        )
-        if disk is None or not saved_now:
-            return
-        used = checkpoint.folder_bytes(self.output)
-        if used > gib_to_bytes(disk):
-            raise errors.LowresError(
-                f"the output folder takes {format_bytes(used)}, over budget.disk_gib {disk}; lower "
-                "loop.keep_checkpoints or raise the budget and --resume"
-            )
-
-    @contextlib.contextmanager
-    def _stop_between_updates(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the update under way; a second Ctrl-C at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._stop_asked:
-                raise KeyboardInterrupt
-            self._stop_asked = True
-            self.reporter.say("stopping after this update; press Ctrl-C again to stop at once")
-
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _seed(seed: int, step: int, process: int) -> int:

@@ -1,7 +1,7 @@
 """A suite: several recipes, one hyperparameter searched for each at equal cost, then several seeds.
 
-Each run is a process of its own, so that its resident memory is its own. Finished runs are kept as records
-and never repeated: a suite that was cut goes on where it stopped.
+Each run is a process of its own, so that its resident memory is its own. Finished runs are kept as
+records and never repeated: a suite that was cut goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from lowres.core import record as record_module
 from lowres.core.errors import InputError, LowresError
 from lowres.core.parts import part
-from lowres.core.recipe import load_recipe
+from lowres.core.reading import load_recipe
 from lowres.core.record import RunRecord
 from lowres.run.output import RECORD
 
@@ -93,8 +93,8 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
         say: Takes a line for the user.
 
     Returns:
-        The records of the final runs, in order. Seeds are the outer loop, so that a cut leaves whole
-        comparisons.
+        The records of the final runs, in order. Seeds are the outer loop, so that a cut leaves
+        whole comparisons.
     """
     home = records / suite.name / _device()
     chosen: dict[str, list[str]] = {}

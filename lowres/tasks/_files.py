@@ -1,4 +1,6 @@
-"""Rows from files: tab-separated tables, JSON lines, plain text; gzip and xz are read as they are."""
+"""Rows from files: tab-separated tables, JSON lines, plain text;
+gzip and xz are read as they are.
+"""
 
 from __future__ import annotations
 

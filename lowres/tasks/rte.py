@@ -1,10 +1,11 @@
 """Does a premise entail a hypothesis?
 
-Paper: The PASCAL Recognising Textual Entailment challenges, in the form of SuperGLUE, Wang et al. 2019.
-https://arxiv.org/abs/1905.00537
+Paper: The PASCAL Recognising Textual Entailment challenges, in the form of SuperGLUE, Wang et al.
+2019. https://arxiv.org/abs/1905.00537
 
 Out of domain: HANS (Right for the Wrong Reasons, McCoy, Pavlick and Linzen 2019,
-https://arxiv.org/abs/1902.01007), pairs that share words without entailment; from a local folder only.
+https://arxiv.org/abs/1902.01007), pairs that share words without entailment; from a local folder
+only.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Is the sentiment of a film review sentence positive?
 
-Paper: Recursive Deep Models for Semantic Compositionality Over a Sentiment Treebank, Socher et al. 2013.
-https://aclanthology.org/D13-1170
+Paper: Recursive Deep Models for Semantic Compositionality Over a Sentiment Treebank, Socher et al.
+2013. https://aclanthology.org/D13-1170
 
-Out of domain: product reviews (Hu and Liu 2004), whole film reviews and their counterfactual rewritings
-(Kaushik, Hovy and Lipton 2020, https://arxiv.org/abs/1909.12434); from a local folder only.
+Out of domain: product reviews (Hu and Liu 2004), whole film reviews and their counterfactual
+rewritings (Kaushik, Hovy and Lipton 2020, https://arxiv.org/abs/1909.12434); from a local folder
+only.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python recipes/pretrain/export.py runs/tiny_lm lowres/assets/tiny_lm
 
-The card's perplexities are measured here on the validation books: the model as stored, and two baselines over
-the same tokens, a unigram and a 5-gram model with interpolated absolute discounting (Ney, Essen and Kneser
-1994), trained on the training books.
+The card's perplexities are measured here on the validation books: the model as stored, and two
+baselines over the same tokens, a unigram and a 5-gram model with interpolated absolute discounting
+(Ney, Essen and Kneser 1994), trained on the training books.
 """
 
 from __future__ import annotations
@@ -109,16 +109,19 @@ def main(run: Path, target: Path) -> None:
     lines = [
         "---", "license: apache-2.0", "language: en", "library_name: transformers",
         "tags: [lowres, pretrained]", "---", "# tiny_lm", "",
-        f"A Llama-architecture language model of {parameters:,} parameters, the model embedded in lowres for "
-        "tests and the quickstart. It knows the English of nineteenth-century novels and nothing else; do not "
-        "use it for anything but trying out.", "",
-        f"- **Data**: 43 public-domain books, {sum(map(len, train_texts)):,} characters, {len(train):,} tokens; "
-        f"validation on 3 other books, {len(valid):,} tokens.",
-        f"- **Tokenizer**: byte-level BPE of {vocabulary:,} entries, trained on the training books.",
+        f"A Llama-architecture language model of {parameters:,} parameters, the model embedded in "
+        "lowres for tests and the quickstart. It knows the English of nineteenth-century novels "
+        "and nothing else; do not use it for anything but trying out.", "",
+        f"- **Data**: 43 public-domain books, {sum(map(len, train_texts)):,} characters, "
+        f"{len(train):,} tokens; validation on 3 other books, {len(valid):,} tokens.",
+        f"- **Tokenizer**: byte-level BPE of {vocabulary:,} entries, trained on the training "
+        "books.",
         f"- **Training**: `lowres run recipes/pretrain/tiny_lm.yaml` (digest {record.digest}): "
-        f"{len(record.losses)} updates of {loop['global_batch_size']} windows of {loop['max_length']} tokens, "
-        f"about {len(record.losses) * loop['global_batch_size'] * loop['max_length'] / len(train):.1f} passes, "
-        f"{(record.measured.train_seconds or 0) / 60:.0f} minutes on {record.environment['cores']} CPU cores.",
+        f"{len(record.losses)} updates of {loop['global_batch_size']} windows of "
+        f"{loop['max_length']} tokens, about "
+        f"{len(record.losses) * loop['global_batch_size'] * loop['max_length'] / len(train):.1f} "
+        f"passes, {(record.measured.train_seconds or 0) / 60:.0f} minutes on "
+        f"{record.environment['cores']} CPU cores.",
         "", "| validation books | perplexity per token |", "|---|--:|",
         f"| unigram | {unigram:.1f} |",
         f"| 5-gram, interpolated absolute discounting | {fivegram:.1f} |",

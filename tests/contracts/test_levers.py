@@ -25,7 +25,9 @@ def test_there_are_levers() -> None:
 
 
 def gradients(one: Any) -> tuple[float, dict[str, torch.Tensor], int]:
-    """Loss, gradients and the peak of live bytes of one forward and backward pass in training mode."""
+    """Loss, gradients and the peak of live bytes of one forward and backward pass
+    in training mode.
+    """
     built = build(one)
     built.model.train()
     batch = built.collator(built.train_rows[:8])

@@ -86,7 +86,9 @@ def logits(built: Built) -> torch.Tensor:
 
 
 def test_every_method_works_on_some_kind_of_model(method: str, recipe: Callable[..., Any]) -> None:
-    """Behaviour: a method that refuses every kind would pass the other contracts by skipping them."""
+    """Behaviour: a method that refuses every kind would pass the other contracts
+    by skipping them.
+    """
     worked = 0
     for kind in KINDS:
         try:
@@ -200,7 +202,9 @@ def test_merged_equals_unmerged(method: str, kind: str, make: Any) -> None:
 
 
 def test_generating_equals_the_forward_pass(method: str, make: Any) -> None:
-    """Reference: argmax of the forward pass, token by token; generate takes another path through PEFT."""
+    """Reference: argmax of the forward pass, token by token;
+    generate takes another path through PEFT.
+    """
     recipe, built = make("decoder", method)
     train(recipe, built, 3)
     row = built.train_rows[0]

@@ -63,8 +63,8 @@ def loss_of(one: Any, made: Any, rows: Any, side: str = "right") -> torch.Tensor
 def test_the_gradient_is_that_of_the_loss(built: Any) -> None:
     """Closed form: central difference along a random unit direction in float64.
 
-    Tolerance: the difference's own error at this step. T5 computes its norms in float32 whatever the
-    model's type, which leaves 1e-7 / step of noise in the difference.
+    Tolerance: the difference's own error at this step. T5 computes its norms in float32 whatever
+    the model's type, which leaves 1e-7 / step of noise in the difference.
     """
     one, made = built
     batch = made.collator(made.train_rows[:3])
@@ -75,14 +75,15 @@ def test_the_gradient_is_that_of_the_loss(built: Any) -> None:
     direction = [d / norm for d in direction]
     one.objective.loss(made.learner, batch).backward()
     noise = 5e-2 if made.learner.kind == "encoder_decoder" else 1e-6
-    slope = sum(float((p.grad * d).sum()) for p, d in zip(trained, direction) if p.grad is not None)
+    pairs = zip(trained, direction, strict=True)
+    slope = sum(float((p.grad * d).sum()) for p, d in pairs if p.grad is not None)
     step, ends = 1e-4, []
     with torch.no_grad():
         for sign in (1, -1):
-            for p, d in zip(trained, direction):
+            for p, d in zip(trained, direction, strict=True):
                 p.add_(d, alpha=sign * step)
             ends.append(float(one.objective.loss(made.learner, batch)))
-            for p, d in zip(trained, direction):
+            for p, d in zip(trained, direction, strict=True):
                 p.add_(d, alpha=-sign * step)
     assert slope == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=noise)
 

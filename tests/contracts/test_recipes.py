@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowres.core.recipe import json_schema, load_recipe
+from lowres.core.reading import load_recipe
+from lowres.core.schema import json_schema
 from tests.conftest import ROOT
 
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if "accelerate" not in p.parts)

@@ -85,7 +85,10 @@ def test_killed_at_three_random_updates_and_resumed_equals_uninterrupted(
     for number, point in enumerate(points):
         arguments = ["--resume"] if number else []
         process = subprocess.Popen(
-            [sys.executable, "-m", "lowres", "run", str(recipe), "--output", str(folder), *arguments],
+            [
+                sys.executable, "-m", "lowres", "run", str(recipe), "--output", str(folder),
+                *arguments,
+            ],
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         log = folder / "losses.jsonl"

@@ -1,4 +1,6 @@
-"""`lowres run` against transformers.Trainer (with PEFT) over the same prepared model, rows and order."""
+"""`lowres run` against transformers.Trainer (with PEFT) over the same prepared model,
+rows and order.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,8 @@ def trainer_losses(recipe: Any, folder: Path) -> list[float]:
         weight_decay=0.0, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
         logging_strategy="no", remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
-    # Version 5.23 leaves the mean loss of a classification micro-batch undivided under accumulation (its
-    # model takes `num_items_in_batch` and ignores it), so the right division is handed to it.
+    # Version 5.23 leaves the mean loss of a classification micro-batch undivided under accumulation
+    # (its model takes `num_items_in_batch` and ignores it), so the right division is handed to it.
     divided = None
     if built.learner.head == "classification":
 

@@ -1,0 +1,73 @@
+"""The blocks of a transformers model: where its parameters live, and recomputing them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from lowres.core.blocks import Blocks
+from lowres.core.errors import LowresError
+
+# Parameters outside the blocks that act before the first one. Not by registration order: OPT
+# registers its final norm before its blocks.
+_STEM = re.compile(r"(^|\.)([a-z_]*emb[a-z_]*|project_in)(\.|$)")
+
+
+def map_blocks(model: nn.Module, fresh: list[str], pretrained: bool) -> Blocks:
+    """The map of a model's parameters: repeated blocks, embeddings below, what was made anew.
+
+    Raises:
+        LowresError: When no list of blocks is found.
+    """
+    config: Any = model.config
+    depths = {
+        getattr(config, key, None)
+        for key in (
+            "num_hidden_layers",
+            "num_layers",
+            "num_decoder_layers",
+            "encoder_layers",
+            "decoder_layers",
+        )  # fmt: skip
+    }
+    stacks: list[str] = []
+    for path, module in model.named_modules():
+        nested = any(path.startswith(s + ".") for s in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) in depths and not nested:
+            stacks.append(path)
+    names = tuple(
+        f"{stack}.{i}" for stack in stacks for i in range(len(model.get_submodule(stack)))
+    )
+    if not names:
+        raise LowresError(
+            f"no repeated blocks were found in {type(model).__name__}; "
+            f"its config says {depths} layers"
+        )
+    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    stem, head = set(), set()
+    fresh_set = set(fresh) if pretrained else set()
+    for path, module in model.named_modules():
+        own = [n for n, _ in module.named_parameters(recurse=False)]
+        inside = any(path == n or path.startswith(n + ".") for n in names)
+        if not own or module is output:
+            continue
+        if any(f"{path}.{n}" in fresh_set for n in own):
+            head.add(path)
+        elif not inside and (isinstance(module, nn.Embedding) or _STEM.search(path)):
+            stem.add(path)
+    return Blocks(
+        names=names, trained=frozenset(names), stem=tuple(sorted(stem)), head=tuple(sorted(head))
+    )
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Recompute each block in the backward pass (non-reentrant: works with frozen inputs)."""
+    inner: Any = model
+    # transformers 5.23 renamed the call; both names stay until setup.cfg asks for 6.
+    enable = getattr(inner, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,152 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowres.cli.main import COMMANDS
+from tests.conftest import ROOT
+
+
+def lowres(
+    *arguments: str, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lowres", *arguments], cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **environment}, timeout=300,
+    )  # fmt: skip
+
+
+def test_every_help_ends_with_an_example_and_the_cheap_ones_run(in_folder: Path) -> None:
+    """Behaviour: the example of each help, run as it stands."""
+    (in_folder / "recipes").symlink_to(ROOT / "recipes")
+    examples = {}
+    for command in COMMANDS:
+        done = lowres(command, "--help")
+        assert done.returncode == 0, done.stderr
+        found = re.findall(r"example:\s+lowres (.*)", done.stdout)
+        assert found, f"{command} --help has no example"
+        examples[command] = shlex.split(found[-1].strip())
+    assert len(examples) == 8
+    for command in ("list", "show", "check"):
+        done = lowres(*examples[command], cwd=in_folder)
+        assert done.returncode == 0, (command, done.stderr)
+    # The examples of run, report and bench take minutes or need a run: their words must parse.
+    assert (ROOT / examples["run"][1]).exists() and (ROOT / examples["bench"][1]).exists()
+    assert lowres("run", "no.yaml", *examples["run"][2:]).returncode == 2
+
+
+def test_listing_takes_under_0_3_seconds_without_torch() -> None:
+    """Behaviour: the best of five, so that a busy machine does not decide."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert lowres("list").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3, times
+    code = (
+        "import sys; sys.argv = ['lowres', 'list']\n"
+        "from lowres.cli.main import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_checking_a_recipe_imports_no_torch() -> None:
+    """Behaviour: problems are shown at once, also on a machine where torch is slow to load."""
+    code = (
+        "import sys\nfrom lowres.core.reading import load_recipe\n"
+        "load_recipe('recipes/cola/minilm-lora-cpu.yaml')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_listing_as_json_names_every_part() -> None:
+    """Behaviour."""
+    found = json.loads(lowres("list", "--json").stdout)
+    assert "lora" in found["method"] and found["task"]["cola"]
+    assert lowres("list", "metods").returncode == 2
+
+
+def test_showing_a_part() -> None:
+    """Behaviour: source, keys, defaults; an unknown one is refused with a suggestion."""
+    done = lowres("show", "method", "lora")
+    assert "2106.09685" in done.stdout and "rank" in done.stdout and "default 8" in done.stdout
+    lr = lowres("show", "optimizer", "adamw").stdout
+    assert re.search(r"lr: .*required", lr)
+    done = lowres("show", "method", "lorra")
+    assert done.returncode == 2 and "did you mean 'lora'" in done.stderr
+
+
+def test_a_run_from_the_command_line_leaves_everything_and_reports(
+    raw_recipe: Callable[..., dict[str, Any]], in_folder: Path
+) -> None:
+    """Behaviour: plain lines, record, resolved recipe, losses, adapter, card, events, page."""
+    keys = raw_recipe("encoder", method="lora", loop={"save_every": 2, "trackers": ["tensorboard"]})
+    (in_folder / "r.yaml").write_text(yaml.safe_dump(keys))
+    done = lowres("run", "r.yaml", "--set", "optimizer.lr=2e-3", cwd=in_folder)
+    assert done.returncode == 0, done.stderr
+    assert "update 1/4  loss" in done.stderr and "tokens/s" in done.stderr
+    assert "majority" in done.stdout and "live tensors" in done.stdout
+    folder = in_folder / "runs" / "r-1"
+    there = {p.name for p in folder.iterdir()}
+    assert {"record.json", "recipe.yaml", "losses.jsonl", "model", "predictions",
+            "report.html", "checkpoint-4"} <= there  # fmt: skip
+    assert list(folder.rglob("events.out.tfevents*"))
+    saved = {p.name for p in (folder / "model").iterdir()}
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "tokenizer.json",
+    } <= saved
+    record = json.loads((folder / "record.json").read_text())
+    assert record["outcome"] == "ok" and record["overrides"] == ["optimizer.lr=2e-3"]
+    assert len(record["losses"]) == 4 and len(record["learning_rates"]) == 4
+    phases = record["measured"]["phases"]
+    assert set(phases) == {"load", "first_step", "steady_steps", "evaluate", "save"}
+    for name in ("load", "first_step", "steady_steps", "evaluate"):
+        assert phases[name]["live_bytes"] > 0, name
+    assert phases["steady_steps"]["live_bytes"] >= phases["load"]["live_bytes"]
+    assert record["environment"]["versions"]["torch"]
+    assert str(in_folder) not in (folder / "record.json").read_text().replace(
+        json.dumps(keys["model"]["checkpoint"])[1:-1], ""
+    )
+    assert lowres("report", str(folder)).returncode == 0
+
+
+def test_wrong_input_exits_2_with_one_message(in_folder: Path) -> None:
+    """Behaviour: no traceback."""
+    (in_folder / "bad.yaml").write_text("model: 3\n")
+    for command in ("check", "run"):
+        done = lowres(command, "bad.yaml", cwd=in_folder)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "`model` (line 1): is 3; give a mapping of its fields" in done.stderr
+    assert not (in_folder / "runs").exists()
+
+
+def test_resume_takes_an_optional_value(in_folder: Path) -> None:
+    """Closed form: how the words are read."""
+    from lowres.cli.main import _with_resume_value
+
+    (in_folder / "checkpoint-3").mkdir()
+    assert _with_resume_value(["run", "--resume", "r.yaml"]) == ["run", "--resume=latest", "r.yaml"]
+    assert _with_resume_value(["run", "r.yaml", "--resume"])[-1] == "--resume=latest"
+    for value in ("latest", "checkpoint-3"):
+        assert _with_resume_value(["run", "--resume", value]) == ["run", "--resume", value]
