@@ -1,6 +1,4 @@
 """`lowres list`: what there is to choose from, one line a part. Imports no torch."""
-Imports neither torch nor pydantic.
-"""
 
 from __future__ import annotations
 
