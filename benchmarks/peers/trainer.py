@@ -1,4 +1,4 @@
-"""Step time and memory of lowres's loop beside a bare PyTorch loop and transformers.Trainer with PEFT.
+"""Step time and memory of the loop beside a bare PyTorch loop and transformers.Trainer with PEFT.
 
     python benchmarks/peers/trainer.py recipes/cola/minilm-lora-cpu.yaml --rounds 6 --updates 10
 

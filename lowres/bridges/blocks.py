@@ -8,17 +8,25 @@ from typing import Any
 from torch import nn
 
 from lowres.core.blocks import Blocks
-from lowres.core.errors import LowresError
+from lowres.core.errors import InputError, LowresError, Problem
 
 # Parameters outside the blocks that act before the first one. Not by registration order: OPT
 # registers its final norm before its blocks.
 _STEM = re.compile(r"(^|\.)([a-z_]*emb[a-z_]*|project_in)(\.|$)")
 
 
-def map_blocks(model: nn.Module, fresh: list[str], pretrained: bool) -> Blocks:
+def map_blocks(
+    model: nn.Module, fresh: list[str], pretrained: bool, may_have_new_head: bool
+) -> Blocks:
     """The map of a model's parameters: repeated blocks, embeddings below, what was made anew.
 
+    Args:
+        fresh: Parameters that the checkpoint did not hold.
+        pretrained: False when all weights are random on purpose.
+        may_have_new_head: Whether parameters above the blocks may be among the fresh ones.
+
     Raises:
+        InputError: When pretrained weights are missing where none may be made anew.
         LowresError: When no list of blocks is found.
     """
     config: Any = model.config
@@ -46,7 +54,7 @@ def map_blocks(model: nn.Module, fresh: list[str], pretrained: bool) -> Blocks:
             f"its config says {depths} layers"
         )
     output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    stem, head = set(), set()
+    stem, head, lost = set(), set(), []
     fresh_set = set(fresh) if pretrained else set()
     for path, module in model.named_modules():
         own = [n for n, _ in module.named_parameters(recurse=False)]
@@ -54,12 +62,30 @@ def map_blocks(model: nn.Module, fresh: list[str], pretrained: bool) -> Blocks:
         if not own or module is output:
             continue
         if any(f"{path}.{n}" in fresh_set for n in own):
+            if inside or not may_have_new_head or _is_stem(path, module):
+                lost.append(path)
             head.add(path)
-        elif not inside and (isinstance(module, nn.Embedding) or _STEM.search(path)):
+        elif not inside and _is_stem(path, module):
             stem.add(path)
+    if lost:
+        raise InputError(
+            "the recipe",
+            [
+                Problem(
+                    "model.checkpoint",
+                    f"it holds no weights for {', '.join(lost[:4])}"
+                    f"{f' and {len(lost) - 4} more' if len(lost) > 4 else ''}, which would be "
+                    "random; only a classification head may be made anew",
+                )
+            ],
+        )
     return Blocks(
         names=names, trained=frozenset(names), stem=tuple(sorted(stem)), head=tuple(sorted(head))
     )
+
+
+def _is_stem(path: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or bool(_STEM.search(path))
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

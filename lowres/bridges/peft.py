@@ -16,6 +16,11 @@ ALL_LINEAR = "all-linear"
 PAPER_DEFAULT = "paper"
 
 
+def preload() -> None:
+    """Import what any method may need."""
+    import lowres.bridges.peft_tuner  # noqa: F401
+
+
 def inject(model: nn.Module, config: Any, blocks: Blocks) -> nn.Module:
     """Put an adapter into the model; what was made anew (a classification head) trains beside it.
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from lowres.core.errors import InputError, Problem
 from lowres.core.learner import Kind, LoadRequest
 
@@ -92,7 +94,9 @@ def _explained(checkpoint: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if "out of memory" in str(error) or "can't allocate" in str(error):
+            raise
         first = str(error).strip().partition("\n")[0]
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         hint = " (HF_HUB_OFFLINE is set: only cached checkpoints can be read)" if offline else ""
@@ -153,7 +157,7 @@ def load_model(
     if request.head == "classification":
         config.num_labels = request.labels
     torch.manual_seed(seed)
-    with _explained(request.checkpoint), _quiet_loading():
+    with _explained(request.checkpoint), _quiet():
         if request.init == "random":
             model = auto.from_config(
                 config, attn_implementation=request.attention, dtype=dtype,
@@ -179,8 +183,8 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No load report: which weights are new is part of lowres's own output."""
+def _quiet() -> Iterator[None]:
+    """No load report or bars of transformers: what matters of them is in lowres's own output."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -193,6 +197,21 @@ def _quiet_loading() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def loading_in_this_thread() -> Iterator[None]:
+    """transformers reads shards in threads of its own; a memory probe sees only this one."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def load_tokenizer(
@@ -244,16 +263,25 @@ def generate(
     model: nn.Module, tokenizer: Any, batch: dict[str, torch.Tensor], max_new_tokens: int
 ) -> list[str]:
     """Greedy continuations of a left-padded batch, without the prompt and special tokens."""
+    from transformers import GenerationConfig
+
     inner: Any = model
+    # The checkpoint's own settings (penalties, forced tokens) would change what is scored.
+    plain = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=getattr(inner.config, "decoder_start_token_id", None),
+    )
     with _cache_allowed(inner):
         out = inner.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,
+            generation_config=plain,
         )
     if not getattr(inner.config, "is_encoder_decoder", False):
         out = out[:, batch["input_ids"].shape[1] :]
@@ -264,5 +292,8 @@ def generate(
 def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write an adapter (PEFT's format) or a model (transformers' format), and the tokenizer."""
     inner: Any = model
-    inner.save_pretrained(folder)
+    # Embeddings are never resized here; PEFT would ask the hub for the base's config to find out.
+    adapter = {"save_embedding_layers": False} if hasattr(inner, "peft_config") else {}
+    with _quiet():
+        inner.save_pretrained(folder, **adapter)
     tokenizer.save_pretrained(folder)

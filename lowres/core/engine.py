@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import TYPE_CHECKING, Any, Protocol
+
+from lowres.core.errors import Diverged
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +79,12 @@ class BackPropagation:
         norm = None
         if max_grad_norm is not None:
             norm = float(self.accelerator.clip_grad_norm_(self._trained, max_grad_norm))
+            # Under float16 the loss scaler skips such an update and lowers its scale.
+            if not math.isfinite(norm) and getattr(self.accelerator, "scaler", None) is None:
+                raise Diverged(
+                    f"the gradient norm is {norm}; lower optimizer.lr, or compute in a wider type "
+                    "(loop.precision, model.dtype)"
+                )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -53,6 +53,10 @@ class InputError(LowresError):
         lines = "".join(f"\n  - {p}" for p in self.problems)
         super().__init__(f"{subject} has {len(self.problems)} problem(s):{lines}")
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, Sequence[Problem | str]]]:
+        # Errors travel between processes; the default would call the constructor with the message.
+        return type(self), (self.subject, self.problems)
+
 
 class DoesNotFit(LowresError):
     """The plan exceeds the budget; nothing was loaded."""

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -170,13 +170,6 @@ class Objective(Part):
     family: ClassVar[str] = "objective"
     heads: ClassVar[Mapping[Kind, Head]]
     serves: ClassVar[frozenset[Asks]]
-
-    def check(self, recipe: Recipe) -> Iterator[str]:
-        if recipe.task.asks not in self.serves:
-            yield (
-                f"it cannot serve the task '{recipe.task.name}', which asks for "
-                f"a {recipe.task.asks}; {self.name} serves {', '.join(sorted(self.serves))}"
-            )
 
     def rows(
         self, task: Task, examples: Sequence[Example], encoder: Encoder, purpose: Purpose

@@ -5,6 +5,7 @@ Unknown keys, wrong types, missing sections, unknown parts, a part that refuses 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -32,7 +33,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         InputError: With every problem found.
     """
     if isinstance(source, Mapping):
-        return _Reader(dict(source), {}, None, overrides).recipe()
+        return _Reader(copy.deepcopy(dict(source)), {}, None, overrides).recipe()
     path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -61,6 +62,10 @@ class _Yaml(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be a word", problem_mark=key_node.start_mark
+                )
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key '{key_node.value}' stands twice",
@@ -212,6 +217,14 @@ class _Reader:
         }
 
     def _let_parts_check(self, recipe: Recipe) -> None:
+        if recipe.task.asks not in recipe.objective.serves:
+            self._add(
+                "objective",
+                f"'{recipe.objective.name}': it cannot serve the task '{recipe.task.name}', which "
+                f"asks for a {recipe.task.asks}; it serves "
+                f"{', '.join(sorted(recipe.objective.serves))}",
+            )
+            return
         parts = {f: getattr(recipe, f) for f in registry.FAMILIES if f != "lever"}
         parts |= {f"levers.{i}": lever for i, lever in enumerate(recipe.levers)}
         for where, one in parts.items():

@@ -174,7 +174,14 @@ class Recipe:
         """
         resolved = self.resolved()
         del resolved["budget"]
-        for key in ("eval_every", "save_every", "keep_checkpoints", "trackers", "eval_batch_size"):
+        for key in (
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+            "trackers",
+            "eval_batch_size",
+            "micro_batch_size",
+        ):
             del resolved["loop"][key]
         for key in ("evaluate", "eval_examples"):
             del resolved["task"][key]

@@ -29,9 +29,13 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.phases: dict[Phase, PhaseMemory] = {}
-        self._resident_before = _resident_bytes()
+        self.start()
         if device.type == "cuda":
             self._retries_before = _allocator_retries(device)
+
+    def start(self) -> None:
+        """Resident memory counts from here."""
+        self._resident_before = _resident_bytes()
 
     @contextlib.contextmanager
     def phase(

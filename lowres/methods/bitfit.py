@@ -38,6 +38,8 @@ class Bitfit(Method):
             if "bias" in dict(module.named_parameters(recurse=False))
             and blocks.trains(f"{path}.bias")
             and path not in blocks.head
+            # A bias of a module with children is a child's bias, tied (BERT's prediction head).
+            and not any(module.children())
         ]
         if not biased:
             raise InputError(

@@ -9,7 +9,7 @@ classification).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from lowres.core.example import Asks, Batch, Example, Prediction, Purpose, Row
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from lowres.core.learner import Encoder, Head, Kind, Learner
+    from lowres.core.recipe import Recipe
 
 
 @part
@@ -31,6 +32,13 @@ class Classification(Objective):
         "encoder_decoder": "classification",
     }
     serves: ClassVar[frozenset[Asks]] = frozenset({"label"})
+
+    def check(self, recipe: Recipe) -> Iterator[str]:
+        if recipe.model.dtype == "float16":
+            yield (
+                "its new head would be trained in float16, where updates underflow; set "
+                "model.dtype to float32 or bfloat16"
+            )
 
     def rows(
         self, task: Task, examples: Sequence[Example], encoder: Encoder, purpose: Purpose

@@ -38,8 +38,6 @@ class LabelWords(Objective):
             absent). None takes the task's.
         words: One for each label, each a single token as it follows the pattern (mind the leading
             space). None takes the task's.
-        over: Cross-entropy over the whole vocabulary, or over the words alone. The first equals the
-            second minus the log of the words' total probability.
     """
 
     heads: ClassVar[Mapping[Kind, Head]] = {
@@ -53,10 +51,6 @@ class LabelWords(Objective):
     words: tuple[str, ...] | None = None
 
     def check(self, recipe: Recipe) -> Iterator[str]:
-        serves = list(super().check(recipe))
-        yield from serves
-        if serves:
-            return
         words = self.words or recipe.task.label_words
         if len(words) != len(recipe.task.labels):
             yield f"{len(words)} words {list(words)} for the labels {list(recipe.task.labels)}"
@@ -71,6 +65,9 @@ class LabelWords(Objective):
         words = self.words or task.label_words
         ids = word_ids(words, encoder.tokenizer)
         pattern = self.pattern or task.pattern
+        if encoder.kind != "encoder" and MASK in pattern:
+            why = f"the pattern {pattern!r} has a {MASK}, and a(n) {encoder.kind} has none to fill"
+            raise InputError("the recipe", [Problem("objective.pattern", why)])
         if encoder.kind == "encoder":
             mask = encoder.tokenizer.mask_token
             pattern = pattern if MASK in pattern else f"{pattern} {MASK}"

@@ -51,7 +51,9 @@ class NextToken(Objective):
 
     def predict(self, learner: Learner, batch: Batch, task: Task) -> list[Prediction]:
         if task.asks == "likelihood":
-            per_row = learner.token_logprobs(batch).view(batch["labels"].shape).double().sum(-1)
+            per_row = (
+                learner.token_logprobs(batch).view(batch["labels"].shape).cpu().double().sum(-1)
+            )
             counts = (batch["labels"] != IGNORED).sum(-1)
             pairs = zip(per_row.tolist(), counts.tolist(), strict=True)
             return [Prediction((float(-logprob), int(count))) for logprob, count in pairs]

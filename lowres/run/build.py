@@ -129,7 +129,8 @@ def assemble(recipe: Recipe, inputs: Inputs) -> Built:
     request = fold(request, recipe.levers, "on_load")
     seed = recipe.loop.seed
     model, fresh = transformers.load_model(request, inputs.config, inputs.encoder.pad_id, seed)
-    blocks = map_blocks(model, fresh, recipe.model.init == "pretrained")
+    pretrained = recipe.model.init == "pretrained"
+    blocks = map_blocks(model, fresh, pretrained, inputs.head == "classification")
     learner = Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
     learner.blocks = recipe.freezing.blocks(learner, _sample(recipe, inputs))

@@ -4,20 +4,25 @@ so that a killed run leaves only whole ones.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lowres.core.errors import InputError, LowresError
 from lowres.core.record import Event
-from lowres.core.units import format_bytes
+from lowres.core.units import MIB, format_bytes
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PROGRESS = "progress.json"
+NEARLY_FULL_BYTES = 16 * MIB
 
 
 @dataclass
@@ -29,12 +34,14 @@ class Progress:
         digest: Of the recipe.
         recipe: Resolved, to say what differs when it is another one.
         micro_batch_size: In use; smaller than the recipe's after recovering from lack of memory.
+        train_seconds: Spent in updates, over all parts of a run that was resumed.
     """
 
     step: int
     digest: str
     recipe: dict[str, Any]
     micro_batch_size: int
+    train_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
@@ -49,35 +56,46 @@ def save(accelerator: Any, output: Path, progress: Progress, keep: int) -> int:
     """
     final = output / f"checkpoint-{progress.step}"
     aside = output / f"checkpoint-{progress.step}.partial"
-    problem = None
     try:
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside), safe_serialization=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (aside / _PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            for old in checkpoints(output)[:-keep]:
-                shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:
-        # torch and safetensors report a full disk as RuntimeError or as their own OSError.
-        problem = error
-    if problem is not None:
+        with writing(f"the checkpoint of update {progress.step}", output):
+            if accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(aside), safe_serialization=True)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (aside / _PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+                shutil.rmtree(final, ignore_errors=True)
+                aside.rename(final)
+                for old in checkpoints(output)[:-keep]:
+                    shutil.rmtree(old)
+            accelerator.wait_for_everyone()
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        full = getattr(problem, "errno", None) == errno.ENOSPC or "space" in str(problem).lower()
-        if not full and not isinstance(problem, OSError) and "write" not in str(problem).lower():
-            raise problem
-        free = shutil.disk_usage(output).free if output.exists() else 0
-        raise LowresError(
-            f"the checkpoint of update {progress.step} could not be written to {output}: "
-            f"{'the disk is full' if full else problem} ({format_bytes(free)} free); earlier "
-            "checkpoints are whole, so make room and --resume"
-        ) from problem
     return folder_bytes(final)
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Turn a failed write into one message.
+
+    torch, safetensors and the system each have their own error for a full disk, so that it was
+    full is told from the room that is left.
+
+    Raises:
+        LowresError: When what is being written does not fit or cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        full = getattr(error, "errno", None) == errno.ENOSPC or free < NEARLY_FULL_BYTES
+        raise LowresError(
+            f"{what} could not be written to {folder}: {'the disk is full' if full else error} "
+            f"({format_bytes(free)} free); checkpoints written before are whole, so make room and "
+            "--resume"
+        ) from error
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -131,4 +149,8 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def folder_bytes(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process deletes old checkpoints
+            total += file.stat().st_size if file.is_file() else 0
+    return total

@@ -65,7 +65,11 @@ def prepare(recipe: Recipe, encoder: Encoder, vocabulary: int) -> Data:
         )
     for split in wanted:
         examples = held_out if split == HELD_OUT else list(task.examples(split))
-        examples = examples[: task.eval_examples]
+        if task.eval_examples is not None and len(examples) > task.eval_examples:
+            # Drawn, not cut off: published files are often sorted by label.
+            draw = random.Random(f"evaluate-{task.data_seed}-{split}")
+            chosen = sorted(draw.sample(range(len(examples)), task.eval_examples))
+            examples = [examples[i] for i in chosen]
         if not examples:
             raise InputError("the task", [f"the split '{split}' is empty"])
         encoded = objective.rows(task, examples, encoder, "predict")
@@ -74,6 +78,7 @@ def prepare(recipe: Recipe, encoder: Encoder, vocabulary: int) -> Data:
         else:
             data.reports.append(_report(split, encoded, 0))
         data.evaluation[split] = (examples, encoded)
+    _stop_at_empty_rows(data)
     _remark(data, encoder)
     _stop_outside_vocabulary(data, vocabulary)
     return data
@@ -160,8 +165,18 @@ def _remark(data: Data, encoder: Encoder) -> None:
         )
 
 
+def _stop_at_empty_rows(data: Data) -> None:
+    parts = {"train": data.train} | {name: rows for name, (_, rows) in data.evaluation.items()}
+    empty = [f"{name}: the row {r.id} has no tokens" for name, rows in parts.items() for r in rows
+             if not r.length]  # fmt: skip
+    if empty:
+        more = len(empty) - 5
+        raise InputError("the task", [*empty[:5], *([f"and {more} more"] if more > 0 else [])])
+
+
 def _stop_outside_vocabulary(data: Data, vocabulary: int) -> None:
-    highest = max(max(row.inputs["input_ids"]) for row in data.train)
+    evaluated = [row for _, rows in data.evaluation.values() for row in rows]
+    highest = max(max(row.inputs["input_ids"]) for row in [*data.train, *evaluated])
     if highest >= vocabulary:
         raise InputError(
             "the recipe",

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lowres.bridges import accelerate, transformers
-from lowres.core.errors import InputError, Interrupted, LowresError, Problem
+from lowres.bridges import accelerate, peft, transformers
+from lowres.core.errors import InputError, Interrupted, LowresError, OutOfMemory, Problem
 from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
@@ -21,7 +21,7 @@ from lowres.memory.meter import Meter
 from lowres.run import build, checkpoint, environment, output
 from lowres.run.evaluate import evaluate
 from lowres.run.progress import Reporter
-from lowres.run.session import TrainingSession
+from lowres.run.session import TrainingSession, is_out_of_memory
 
 
 def execute(
@@ -58,13 +58,17 @@ def execute(
         resumed = None
         if found is not None:
             resumed = (found, checkpoint.progress_of(found, recipe.digest, recipe.resolved()))
+            output.stop_if_finished(folder, found)
         _check_processes(recipe, accelerator)
         _limit(recipe, accelerator, reporter)
         reporter.say(f"{output.stem(recipe)}: {_plan_line(recipe)}\noutput: {folder}")
         inputs = build.read(recipe)
         record.data = inputs.data.reports
 
-        with meter.phase("load", lambda: ()):
+        # Libraries are loaded before memory is: whether a method needs PEFT must not show as bytes.
+        peft.preload()
+        meter.start()
+        with meter.phase("load", lambda: ()), transformers.loading_in_this_thread():
             built = build.assemble(recipe, inputs)
             module, optimizer = accelerator.prepare(built.model, built.optimizer)
         if accelerator.is_main_process:
@@ -86,9 +90,11 @@ def execute(
             accelerator=accelerator, meter=meter, reporter=reporter, output=folder,
             started=started, evaluate=score, resume=resumed,
         )  # fmt: skip
-        for remark in inputs.data.remarks:
-            if resumed is None:
+        if resumed is None:
+            for remark in inputs.data.remarks:
                 session.event("data", remark)
+            if learner.blocks.head:
+                session.event("head", f"made anew, to be trained: {', '.join(learner.blocks.head)}")
         if resumed is not None:
             session.event("resumed", f"goes on after update {session.progress.step}")
 
@@ -102,7 +108,7 @@ def execute(
     except InputError:
         refused = True
         if accelerator.is_main_process:
-            output.release_if_empty(folder)
+            output.release(folder, if_empty=True)
         raise
     except (KeyboardInterrupt, Interrupted) as error:
         record.outcome, record.error = "interrupted", str(error) or "stopped at once"
@@ -112,13 +118,17 @@ def execute(
         raise
     except Exception as error:
         record.outcome, record.error = "failed", f"{type(error).__name__}: {error}"
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             record.outcome = "oom"
+            raise OutOfMemory(
+                f"out of memory while loading, scoring or saving ({error}); for scoring lower "
+                "loop.eval_batch_size, for loading choose a smaller model or a narrower model.dtype"
+            ) from error
         raise
     finally:
         reporter.end()
         if not refused:
-            _finish(record, session, meter, accelerator, folder, recipe, started)
+            _finish(record, session, meter, accelerator, folder, recipe, started, reporter)
     return record
 
 
@@ -173,18 +183,21 @@ def _check_processes(recipe: Recipe, accelerator: Any) -> None:
 
 
 def _limit(recipe: Recipe, accelerator: Any, reporter: Reporter) -> None:
-    """Cap the device's allocator at the budget."""
+    """Cap the device's allocator at the budget; without one, at the whole device."""
     device_gib = recipe.budget.device_gib
-    if device_gib is None:
-        return
     if accelerator.device.type != "cuda":
-        reporter.say(
-            f"budget.device_gib {device_gib} is not enforced: there is no CUDA device here"
-        )
+        if device_gib is not None:
+            reporter.say(f"budget.device_gib {device_gib} is not enforced: no CUDA device here")
         return
-    total = torch.cuda.get_device_properties(accelerator.device).total_memory
-    share = min(1.0, gib_to_bytes(device_gib) / total)
-    torch.cuda.set_per_process_memory_fraction(share, accelerator.device)
+    index = accelerator.device.index
+    index = torch.cuda.current_device() if index is None else index
+    total = torch.cuda.get_device_properties(index).total_memory
+    asked = total if device_gib is None else gib_to_bytes(device_gib)
+    if asked > total:
+        reporter.say(
+            f"budget.device_gib {device_gib} is more than the device's {format_bytes(total)}"
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), index)
 
 
 def _plan_line(recipe: Recipe) -> str:
@@ -228,8 +241,8 @@ def _save_model(
     recipe: Recipe, learner: Any, accelerator: Any, folder: Path, record: RunRecord
 ) -> None:
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(learner.base, keep_fp32_wrapper=False)
-        transformers.save(model, learner.tokenizer, folder / output.MODEL)
+        with checkpoint.writing("the model", folder):
+            transformers.save(learner.base, learner.tokenizer, folder / output.MODEL)
         record.measured.saved_bytes = checkpoint.folder_bytes(folder / output.MODEL)
     accelerator.wait_for_everyone()
 
@@ -242,6 +255,7 @@ def _finish(
     folder: Path,
     recipe: Recipe,
     started: float,
+    reporter: Reporter,
 ) -> None:
     """Fill in what was measured and write the record and the model's card."""
     record.seconds = time.monotonic() - started
@@ -255,11 +269,16 @@ def _finish(
         record.events = session.progress.events
         record.measured.step_time = session.step_time()
         record.measured.checkpoint_bytes = session.checkpoint_bytes
-        record.measured.train_seconds = session.train_seconds
+        record.measured.train_seconds = session.progress.train_seconds
     if record.error:
         record.events.append(Event(len(record.losses), record.outcome, record.error))
     if accelerator.is_main_process:
-        output.write_record(folder, record)
-        if (folder / output.MODEL).is_dir():
-            output.write_card(folder / output.MODEL, recipe, record)
+        output.release(folder)
+        try:
+            output.write_record(folder, record)
+            if (folder / output.MODEL).is_dir():
+                output.write_card(folder / output.MODEL, recipe, record)
+        except OSError as error:
+            # Said, not raised: it must not hide what ended the run.
+            reporter.say(f"the record could not be written to {folder}: {error}")
     accelerate.end_trackers(accelerator)

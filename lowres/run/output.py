@@ -26,6 +26,7 @@ RECORD = "record.json"
 RECIPE = "recipe.yaml"
 LOSSES = "losses.jsonl"
 MODEL = "model"
+CLAIM = ".claimed"
 DEFAULT_ROOT = Path("runs")
 
 
@@ -59,12 +60,33 @@ def claim(recipe: Recipe, asked: Path | None) -> Path:
         folder = root / f"{stem(recipe)}-{max(taken, default=0) + 1}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        # Exclusive: of two runs that want the same folder, one is told.
+        (folder / CLAIM).touch(exist_ok=False)
+    except FileExistsError:
+        raise InputError(f"'{folder}'", ["another run is beginning in it"]) from None
     except OSError as error:
         raise InputError(f"'{folder}'", [f"cannot be written: {error.strerror}"]) from None
     return folder
+
+
+def release(folder: Path, *, if_empty: bool = False) -> None:
+    """Give up the claim; with `if_empty`, leave nothing behind of a run that wrote nothing."""
+    (folder / CLAIM).unlink(missing_ok=True)
+    if if_empty and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def stop_if_finished(folder: Path, found: Path) -> None:
+    """Refuse to go on with a run that ended well: its record would be replaced by a poorer one.
+
+    Raises:
+        InputError: When the record says ok and the checkpoint is the last one.
+    """
+    path = folder / RECORD
+    if path.exists():
+        record = record_module.from_file(path)
+        if record.outcome == "ok" and found.name == f"checkpoint-{len(record.losses)}":
+            raise InputError(f"'{folder}'", ["the run is finished; there is nothing to resume"])
 
 
 def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Path, Path]:
@@ -78,6 +100,11 @@ def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Pat
     """
     if resume != "latest":
         folder = Path(resume)
+        if asked is not None and asked.resolve() != folder.resolve().parent:
+            raise InputError(
+                "the command",
+                [f"--resume {folder} goes on in its own folder; drop --output {asked}"],
+            )
         if not folder.is_dir():
             raise InputError(f"'{folder}'", ["there is no such checkpoint to resume from"])
         return folder.resolve().parent, folder
@@ -85,7 +112,7 @@ def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Pat
         candidates = [asked]
     else:
         runs = [p for p in DEFAULT_ROOT.glob(f"{stem(recipe)}-*") if _number(p, stem(recipe))]
-        candidates = sorted(runs, key=lambda p: _number(p, stem(recipe)), reverse=True)
+        candidates = sorted(runs, key=lambda p: _number(p, stem(recipe)))[-1:]
     for folder in candidates:
         there = checkpoints(folder)
         if there:
@@ -103,12 +130,6 @@ def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Pat
 def _number(path: Path, name: str) -> int:
     found = re.fullmatch(re.escape(name) + r"-(\d+)", path.name)
     return int(found.group(1)) if found else 0
-
-
-def release_if_empty(folder: Path) -> None:
-    """Leave nothing behind of a run that was refused before it wrote anything."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 class Losses:

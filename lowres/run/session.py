@@ -5,6 +5,7 @@ within its budget.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,6 +76,8 @@ class TrainingSession:
         if resume is not None:
             folder, self.progress = resume
             self.scores = [Score(**s) for s in self.progress.scores]
+            smaller = min(self.progress.micro_batch_size, loop.micro_batch_size)
+            self.progress.micro_batch_size = smaller
             checkpoint.load(accelerator, folder)
         self._losses = Losses(output, accelerator.is_main_process, self.progress)
         self._made_here = 0
@@ -85,7 +88,6 @@ class TrainingSession:
         # evaluation mode.
         self._in_training_mode = False
         self.checkpoint_bytes: int | None = None
-        self.train_seconds = 0.0
 
     def updates(self) -> Iterator[tuple[int, Sequence[Row]]]:
         self.reporter.begin(self.progress.step, self.total)
@@ -115,10 +117,13 @@ class TrainingSession:
                 )
             factor = schedule.factor(recipe.loop.schedule, step, self.total, self._warmup)
             norm = self._step(factor)
+            if norm is not None and not math.isfinite(norm):
+                self.event("skipped", f"update {step + 1} overflowed in float16 and was skipped")
+                norm = None
             if self.accelerator.device.type == "cuda":
                 torch.cuda.synchronize(self.accelerator.device)
         seconds = time.perf_counter() - start
-        self.train_seconds += seconds
+        self.progress.train_seconds += seconds
         self._made_here += 1
         if self._made_here > PROBED_UPDATES + WARM_UP_UPDATES:
             self._timed.append((seconds, tokens))
@@ -138,8 +143,7 @@ class TrainingSession:
             self.evaluate()
         if loop.save_every and made % loop.save_every == 0 and made < self.total:
             self._save()
-        if made < self.total:
-            self._stop_where_limits_say()
+        self._stop_where_limits_say(last=made == self.total)
 
     def evaluate(self) -> list[Score]:
         """Score now; the scores are kept and shown."""
@@ -202,7 +206,7 @@ class TrainingSession:
             try:
                 return self._try_gradients(step, rows)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 message = str(error).partition("\n")[0]
             # Outside the handler: the exception's traceback would keep the activations alive.
@@ -247,7 +251,7 @@ class TrainingSession:
             with accelerator.autocast():
                 loss = objective.loss(self.learner, batch)
             self.engine.accumulate(loss, 1.0 / targets, last=number == len(batches) - 1)
-            loss_sum += loss.detach().double().cpu()
+            loss_sum += loss.detach().cpu().double()
             del loss
         (total,) = accelerate.sum_over_processes(accelerator, [float(loss_sum)])
         return total, targets, tokens
@@ -256,16 +260,18 @@ class TrainingSession:
         try:
             return self.engine.update(factor, self.recipe.loop.max_grad_norm)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise errors.OutOfMemory(
                 f"out of memory in the optimizer step ({error}); its states do not shrink with the "
-                "micro-batch: train fewer parameters (method lora) or freeze more"
+                "micro-batch: train fewer parameters or freeze more"
             ) from error
 
-    def _stop_where_limits_say(self) -> None:
-        """Save and end the run when it was asked to stop or takes more than its budget."""
+    def _stop_where_limits_say(self, last: bool) -> None:
+        """Save and end the run when asked to or, with updates left, when over its budget."""
         exceeded = accelerate.sum_over_processes(self.accelerator, self._limits.exceeded())
+        if last:
+            exceeded = [exceeded[0], 0.0, 0.0, 0.0]
         if any(exceeded):
             self._save()
             raise self._limits.error(exceeded, self.progress.step, self.total)
@@ -283,7 +289,8 @@ def _seed(seed: int, step: int, process: int) -> int:
     return (seed * 1_000_003 + step * 10_007 + process * 7_919_999_983 + 1) % (1 << 63)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's or the host's memory ran out."""
     text = str(error)
     return (
         isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in text

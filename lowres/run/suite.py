@@ -25,6 +25,9 @@ from lowres.core.reading import load_recipe
 from lowres.core.record import RunRecord
 from lowres.run.output import RECORD
 
+KEPT = ("ok", "oom", "does_not_fit", "diverged")
+"""Outcomes that are results; the others say that the run has to be made again."""
+
 
 @part
 class Search:
@@ -141,10 +144,15 @@ def _best(
 def _one(
     recipe: str, changes: Sequence[str], target: Path, scratch: Path, say: Callable[[str], None]
 ) -> RunRecord:
-    digest = load_recipe(recipe, changes).digest
+    wanted = load_recipe(recipe, changes)
     if target.exists():
         there = record_module.from_file(target)
-        if there.digest == digest:
+        same_task = there.recipe["task"] == wanted.resolved()["task"]
+        if (
+            there.digest == wanted.digest
+            and same_task
+            and there.task_version == wanted.task.version
+        ):
             return there
         raise InputError(
             f"'{target}'",
@@ -159,6 +167,9 @@ def _one(
     written = scratch / RECORD
     if not written.exists():
         raise LowresError(f"{target.stem} left no record:\n{done.stderr[-2000:]}")
+    outcome = record_module.from_file(written).outcome
+    if outcome not in KEPT:
+        raise LowresError(f"{target.stem} ended {outcome}; it is not kept:\n{done.stderr[-2000:]}")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(written, target)
     shutil.rmtree(scratch, ignore_errors=True)

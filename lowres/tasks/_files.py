@@ -33,7 +33,8 @@ def folder_of(task: str, folder: str | None) -> Path | None:
         InputError: When a folder was given and is not there.
     """
     if folder is None:
-        return paths.find(task)
+        there = paths.data_folder() / task
+        return there if there.is_dir() else None
     found = paths.find(folder)
     if found is None or not found.is_dir():
         raise InputError("the recipe", [f"`task.folder`: there is no folder '{folder}'"])
