@@ -12,7 +12,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command(
     name="bench",
-    epilog="example: lowres bench benchmarks/suites/cola-minilm.yaml",
+    epilog="example: lowres bench benchmarks/suites/smoke.yaml --records runs/records",
 )
 def command(
     suite: Annotated[Path, typer.Argument(help="A suite file.")],

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 failed, 2 wrong input, 3 does not fit, 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def main() -> None:
     try:
         app()
     except LowresError as error:
-        print(f"lowres: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"lowres: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("lowres: interrupted", file=sys.stderr)

@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command(
     name="report",
-    epilog="example: lowres report runs/quickstart-1 --html report.html",
+    epilog="example: lowres report runs/try --html report.html",
 )
 def command(
     places: Annotated[

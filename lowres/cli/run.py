@@ -12,7 +12,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command(
     name="run",
-    epilog="example: lowres run recipes/quickstart.yaml --set loop.seed=1 --output runs/mine",
+    epilog="example: lowres run recipes/quickstart.yaml --set loop.epochs=0.1 --output runs/try",
 )
 def command(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lowres.core import registry
 from lowres.core.errors import InputError, Problem
-from lowres.core.recipe import KEYS, OPTIONAL, SCHEMA, SECTIONS, Loop, Recipe
+from lowres.core.recipe import KEYS, OPTIONAL, SCHEMA, SECTIONS, Loop, Recipe, line_of
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -124,7 +124,7 @@ class _Reader:
             for problem in read["loop"].problems():
                 self._add(problem.where, problem.text)
         self._stop_at_problems()
-        recipe = Recipe(**read, source=self.source, overrides=self.overrides)
+        recipe = Recipe(**read, source=self.source, overrides=self.overrides, lines=self.lines)
         self._let_parts_check(recipe)
         self._stop_at_problems()
         return recipe
@@ -236,12 +236,7 @@ class _Reader:
             self._add("levers", f"'{name}' stands twice")
 
     def _add(self, where: str, text: str) -> None:
-        line = None
-        at = where
-        while at and line is None:
-            line = self.lines.get(at)
-            at = at.rpartition(".")[0]
-        self.problems.append(Problem(where, text, line))
+        self.problems.append(Problem(where, text, line_of(self.lines, where)))
 
     def _stop_at_problems(self) -> None:
         if self.problems:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from lowres.core import registry
-from lowres.core.errors import Problem
+from lowres.core.errors import InputError, Problem
 from lowres.core.parts import (
     Freezing,
     Lever,
@@ -153,6 +153,17 @@ class Recipe:
     schema: int = SCHEMA
     source: str | None = None
     overrides: tuple[str, ...] = ()
+    lines: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """Dotted key to line in `source`."""
+
+    def located(self, error: InputError) -> InputError:
+        """The error with the recipe's file and the lines of the keys it names."""
+        subject = self.source if self.source and error.subject == "the recipe" else error.subject
+        found = [
+            dataclasses.replace(p, line=p.line or line_of(self.lines, p.where))
+            for p in error.problems
+        ]
+        return InputError(subject, found)
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included; reading it again gives the same recipe."""
@@ -199,3 +210,12 @@ OPTIONAL: dict[str, Any] = {
 }
 KEYS = ("schema", "model", "task", "method", "freezing", "objective", "optimizer", "levers",
          "procedure", "loop", "budget")  # fmt: skip
+
+
+def line_of(lines: Mapping[str, int], where: str) -> int | None:
+    """The line of a dotted key, or of the nearest key above it that stands in the file."""
+    while where:
+        if where in lines:
+            return lines[where]
+        where = where.rpartition(".")[0]
+    return None

@@ -62,13 +62,47 @@ def read(recipe: Recipe) -> Inputs:
     """Configuration, tokenizer and encoded data: all that can go wrong before weights are loaded.
 
     Raises:
-        InputError: With what is wrong and how to mend it.
+        InputError: With every problem of checkpoint and data, and how to mend each.
     """
+    (config, kind, tokenizer), splits = _all(
+        lambda: _read_model(recipe), lambda: data_module.read(recipe)
+    )
+    encoder = Encoder(tokenizer, kind, recipe.loop.max_length)
+    vocabulary = config.get_text_config().vocab_size
+    data = data_module.encode(recipe, splits, encoder, vocabulary)
+    return Inputs(config, kind, recipe.objective.heads[kind], tokenizer, encoder, data)
+
+
+def _all(*steps: Callable[[], Any]) -> list[Any]:
+    """The results of independent steps; one InputError with the problems of all that fail."""
+    results, failed = [], []
+    for step in steps:
+        try:
+            results.append(step())
+        except InputError as error:
+            failed.append(error)
+    if failed:
+        subject = failed[0].subject if len(failed) == 1 else "the recipe"
+        raise InputError(subject, [problem for error in failed for problem in error.problems])
+    return results
+
+
+def _read_model(recipe: Recipe) -> tuple[Any, Kind, Any]:
     from lowres.bridges import transformers
 
     wanted = recipe.model
-    config = transformers.load_config(wanted.checkpoint, wanted.revision, wanted.trust_remote_code)
+    source = (wanted.checkpoint, wanted.revision, wanted.trust_remote_code)
+    config = transformers.load_config(*source)
     kind = transformers.kind_of(config)
+    tokenizer, _ = _all(
+        lambda: transformers.load_tokenizer(*source, wanted.pad_token),
+        lambda: _stop_at_wrong_kind(recipe, kind),
+    )
+    _stop_at_position_limit(recipe, config, tokenizer, kind)
+    return config, kind, tokenizer
+
+
+def _stop_at_wrong_kind(recipe: Recipe, kind: Kind) -> None:
     if kind not in recipe.objective.heads:
         serves = ", ".join(recipe.objective.heads)
         raise InputError(
@@ -76,18 +110,11 @@ def read(recipe: Recipe) -> Inputs:
             [
                 Problem(
                     "objective",
-                    f"'{recipe.objective.name}' works on {serves}; "
-                    f"'{wanted.checkpoint}' is a(n) {kind}",
+                    f"'{recipe.objective.name}' works on {serves}; '{recipe.model.checkpoint}' is "
+                    f"a(n) {kind}",
                 )
             ],
         )
-    tokenizer = transformers.load_tokenizer(
-        wanted.checkpoint, wanted.revision, wanted.trust_remote_code, wanted.pad_token
-    )
-    _stop_at_position_limit(recipe, config, tokenizer, kind)
-    encoder = Encoder(tokenizer, kind, recipe.loop.max_length)
-    data = data_module.prepare(recipe, encoder, config.get_text_config().vocab_size)
-    return Inputs(config, kind, recipe.objective.heads[kind], tokenizer, encoder, data)
 
 
 def _stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: Kind) -> None:
@@ -165,7 +192,10 @@ def build(recipe: Recipe) -> Built:
     Raises:
         InputError: For what is wrong with the recipe, its data or its checkpoint.
     """
-    return assemble(recipe, read(recipe))
+    try:
+        return assemble(recipe, read(recipe))
+    except InputError as error:
+        raise recipe.located(error) from error
 
 
 def collator(recipe: Recipe, inputs: Inputs) -> Callable[[Sequence[Row]], Batch]:

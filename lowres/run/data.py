@@ -36,21 +36,49 @@ class Data:
     remarks: list[str] = field(default_factory=list)
 
 
-def prepare(recipe: Recipe, encoder: Encoder, vocabulary: int) -> Data:
-    """Read, draw and encode all splits that the recipe uses.
+@dataclass(frozen=True)
+class Splits:
+    """The examples of every split that the run uses."""
+
+    train: list[Example]
+    evaluation: dict[str, list[Example]]
+
+
+def read(recipe: Recipe) -> Splits:
+    """Read and draw all splits.
+
+    Raises:
+        InputError: Broken, missing or empty data.
+    """
+    task = recipe.task
+    wanted = _wanted_splits(recipe)
+    train, held_out = _draw(recipe, list(task.examples("train")))
+    evaluation = {}
+    for split in wanted:
+        examples = held_out if split == HELD_OUT else list(task.examples(split))
+        if task.eval_examples is not None and len(examples) > task.eval_examples:
+            # Drawn, not cut off: published files are often sorted by label.
+            draw = random.Random(f"evaluate-{task.data_seed}-{split}")
+            chosen = sorted(draw.sample(range(len(examples)), task.eval_examples))
+            examples = [examples[i] for i in chosen]
+        if not examples:
+            raise InputError("the task", [f"the split '{split}' is empty"])
+        evaluation[split] = examples
+    return Splits(train, evaluation)
+
+
+def encode(recipe: Recipe, splits: Splits, encoder: Encoder, vocabulary: int) -> Data:
+    """Token ids of all splits.
 
     Args:
         vocabulary: Rows of the model's embedding table.
 
     Raises:
-        InputError: Broken or empty data, nothing left to train on, token ids outside the
-            vocabulary.
+        InputError: Nothing left to train on, rows without tokens, ids outside the vocabulary.
     """
     task, objective = recipe.task, recipe.objective
-    wanted = _wanted_splits(recipe)
-    train, held_out = _draw(recipe, list(task.examples("train")))
-    data = Data(train=[], train_examples=train, evaluation={})
-    rows = objective.rows(task, train, encoder, "train")
+    data = Data(train=[], train_examples=splits.train, evaluation={})
+    rows = objective.rows(task, splits.train, encoder, "train")
     data.train = _keep_trainable(data, "train", rows)
     if not data.train:
         raise InputError(
@@ -63,15 +91,7 @@ def prepare(recipe: Recipe, encoder: Encoder, vocabulary: int) -> Data:
                 )
             ],
         )
-    for split in wanted:
-        examples = held_out if split == HELD_OUT else list(task.examples(split))
-        if task.eval_examples is not None and len(examples) > task.eval_examples:
-            # Drawn, not cut off: published files are often sorted by label.
-            draw = random.Random(f"evaluate-{task.data_seed}-{split}")
-            chosen = sorted(draw.sample(range(len(examples)), task.eval_examples))
-            examples = [examples[i] for i in chosen]
-        if not examples:
-            raise InputError("the task", [f"the split '{split}' is empty"])
+    for split, examples in splits.evaluation.items():
         encoded = objective.rows(task, examples, encoder, "predict")
         if task.asks == "likelihood":
             encoded = _keep_trainable(data, split, encoded)

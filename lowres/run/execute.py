@@ -105,11 +105,11 @@ def execute(
             _save_model(recipe, learner, accelerator, folder, record)
         session.evaluate()
         record.outcome = "ok"
-    except InputError:
+    except InputError as error:
         refused = True
         if accelerator.is_main_process:
             output.release(folder, if_empty=True)
-        raise
+        raise recipe.located(error) from error
     except (KeyboardInterrupt, Interrupted) as error:
         record.outcome, record.error = "interrupted", str(error) or "stopped at once"
         raise error if isinstance(error, Interrupted) else Interrupted("stopped at once") from None

@@ -1,6 +1,6 @@
 """Turn a finished pretraining run into the embedded model: bfloat16 weights, tokenizer, card.
 
-    python recipes/pretrain/export.py runs/tiny_lm lowres/assets/tiny_lm
+    python recipes/pretrain/export.py runs/tiny_lm runs/tiny_lm_grammar lowres/assets/tiny_lm
 
 The card's perplexities are measured here on the validation books: the model as stored, and two
 baselines over the same tokens, a unigram and a 5-gram model with interpolated absolute discounting
