@@ -282,18 +282,20 @@ def gerund_and_infinitive(d: Draw) -> tuple[str, str]:
 
 Phenomena = Mapping[str, Callable[[Draw], tuple[str, str]]]
 
+_REFERENCE = (reflexive_gender, reflexive_number, pronoun_case)
+_ORDER = (word_order, question_inversion, negative_polarity, comparison, transitivity)
 _AGREEMENT = (
     subject_verb_agreement,
     attractor_agreement,
     relative_clause_agreement,
     determiner_noun_agreement,
+    existential_agreement,
 )
-_FORMS = (reflexive_gender, reflexive_number, auxiliary_form, irregular_form, pronoun_case)
-_SYNTAX = (negation, word_order, question_inversion, negative_polarity, comparison, transitivity)
-_NEW = (existential_agreement, passive_voice, mass_and_count, gerund_and_infinitive)
+_FORMS = (auxiliary_form, irregular_form, negation, passive_voice)
+_CHOICES = (mass_and_count, gerund_and_infinitive)
 
-KNOWN: Phenomena = {f.__name__: f for f in _AGREEMENT + _FORMS + _SYNTAX}
+KNOWN: Phenomena = {f.__name__: f for f in _REFERENCE + _ORDER}
 """Phenomena of all splits."""
 
-HELD_OUT: Phenomena = {f.__name__: f for f in _NEW}
+HELD_OUT: Phenomena = {f.__name__: f for f in _AGREEMENT + _FORMS + _CHOICES}
 """Phenomena of the out-of-domain split only."""

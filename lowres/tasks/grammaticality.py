@@ -3,11 +3,11 @@
 Source: own grammar and lexicon, made for this project; in the manner of BLiMP (Warstadt et al.
 2020, https://arxiv.org/abs/1912.00582): minimal pairs of sentences that differ in one point.
 
-Phenomena: agreement of subject and verb (simple, across a prepositional phrase, across a relative
-clause) and of determiner and noun; gender and number of reflexives; the verb form after an
-auxiliary; irregular verb forms; negation and do-support; word order; negative polarity; pronoun
-case; inversion in questions; comparison; transitivity.
-Held out: agreement after "there", the passive voice, "much" and "many", gerund or infinitive.
+Phenomena: gender and number of reflexives, pronoun case, word order, inversion in questions,
+negative polarity, comparison, transitivity.
+Held out: agreement of subject and verb (simple, across a prepositional phrase, across a relative
+clause, after "there") and of determiner and noun; the verb form after an auxiliary, irregular verb
+forms, negation and do-support, the passive voice; "much" and "many", gerund or infinitive.
 
 Sizes, half of each grammatical: `train` 6,000 rows; `in_domain` 1,000 rows of the same phenomena
 and words in other sentences; `out_of_domain` 1,000 rows with nouns, names, adjectives and verbs

@@ -1,4 +1,4 @@
-"""Turn a finished pretraining run into the embedded model: bfloat16 weights, tokenizer, card.
+"""Turn the finished pretraining runs into the embedded model: bfloat16 weights, tokenizer, card.
 
     python recipes/pretrain/export.py runs/tiny_lm runs/tiny_lm_grammar lowres/assets/tiny_lm
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowres.core import record as record_module
 from lowres.core import registry
 from lowres.core.learner import Encoder
+from lowres.core.record import RunRecord
 
 DISCOUNT = 0.75
 ORDER = 5
@@ -77,11 +78,24 @@ def perplexity_of_model(
     return math.exp(nll / tokens), bits
 
 
-def main(run: Path, target: Path) -> None:
-    record = record_module.from_file(run / "record.json")
-    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    fields = {k: v for k, v in record.recipe["task"].items() if k in ("files", "valid_files")}
+def stage(record: RunRecord) -> str:
+    """One line of the card about a run."""
+    loop = record.recipe["loop"]
+    tokens = len(record.losses) * loop["global_batch_size"] * loop["max_length"]
+    return (
+        f"`lowres run recipes/pretrain/{record.id.rsplit('-', 2)[0]}.yaml` (digest "
+        f"{record.digest}): {len(record.losses)} updates of {loop['global_batch_size']} windows of "
+        f"{loop['max_length']} tokens ({tokens / 1e6:.1f} M), "
+        f"{(record.measured.train_seconds or 0) / 60:.0f} minutes on "
+        f"{record.environment['cores']} CPU cores"
+    )
+
+
+def main(first: Path, second: Path, target: Path) -> None:
+    stages = [record_module.from_file(run / "record.json") for run in (first, second)]
+    model = AutoModelForCausalLM.from_pretrained(second / "model", dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(second / "model")
+    fields = {k: v for k, v in stages[0].recipe["task"].items() if k in ("files", "valid_files")}
     task = registry.load("task", "text")(**{k: tuple(v) for k, v in fields.items()})
     train_texts = [e.text for e in task.examples("train")]
     valid_texts = [e.text for e in task.examples("in_domain")]
@@ -95,6 +109,8 @@ def main(run: Path, target: Path) -> None:
 
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    for file in target.iterdir():
+        file.chmod(0o644)
     prompts = ["It was a dark and stormy night", "The old man looked at her and"]
     samples = []
     for prompt in prompts:
@@ -104,7 +120,6 @@ def main(run: Path, target: Path) -> None:
             do_sample=False, repetition_penalty=1.2, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         samples.append(tokenizer.decode(out[0], skip_special_tokens=True).replace("\n", " "))
-    loop = record.recipe["loop"]
     parameters = sum(p.numel() for p in model.parameters())
     lines = [
         "---", "license: apache-2.0", "language: en", "library_name: transformers",
@@ -116,12 +131,10 @@ def main(run: Path, target: Path) -> None:
         f"{len(train):,} tokens; validation on 3 other books, {len(valid):,} tokens.",
         f"- **Tokenizer**: byte-level BPE of {vocabulary:,} entries, trained on the training "
         "books.",
-        f"- **Training**: `lowres run recipes/pretrain/tiny_lm.yaml` (digest {record.digest}): "
-        f"{len(record.losses)} updates of {loop['global_batch_size']} windows of "
-        f"{loop['max_length']} tokens, about "
-        f"{len(record.losses) * loop['global_batch_size'] * loop['max_length'] / len(train):.1f} "
-        f"passes, {(record.measured.train_seconds or 0) / 60:.0f} minutes on "
-        f"{record.environment['cores']} CPU cores.",
+        f"- **First stage**, the books: {stage(stages[0])}.",
+        "- **Second stage**, half books, half the grammatical sentences of the training split of "
+        "the task `grammaticality`, one a line (no label, no row of an evaluation split): "
+        f"{stage(stages[1])}.",
         "", "| validation books | perplexity per token |", "|---|--:|",
         f"| unigram | {unigram:.1f} |",
         f"| 5-gram, interpolated absolute discounting | {fivegram:.1f} |",
@@ -134,4 +147,4 @@ def main(run: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*(Path(word) for word in sys.argv[1:4]))
