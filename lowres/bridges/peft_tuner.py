@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lowres.core.delta import Delta
 
 
-class LowresPeftType(str, enum.Enum):  # noqa: UP042 (as PEFT's own enum)
+class LowresPeftType(str, enum.Enum):
     """Types that PEFT does not have. One serves all deltas: the config names the class."""
 
     LOWRES_DELTA = "LOWRES_DELTA"

@@ -209,7 +209,7 @@ OPTIONAL: dict[str, Any] = {
     "schema": SCHEMA,
 }
 KEYS = ("schema", "model", "task", "method", "freezing", "objective", "optimizer", "levers",
-         "procedure", "loop", "budget")  # fmt: skip
+        "procedure", "loop", "budget")  # fmt: skip
 
 
 def line_of(lines: Mapping[str, int], where: str) -> int | None:

@@ -131,7 +131,11 @@ class DataReport:
 # A diverged run may hold figures that are not numbers; JSON's null would not read back as one.
 @dataclass(config=ConfigDict(ser_json_inf_nan="strings"))
 class RunRecord:
-    """One run: what was asked, what was measured, how it ended."""
+    """One run: what was asked, what was measured, how it ended.
+
+    Of a run that was resumed, losses, scores, events and `train_seconds` cover all its parts;
+    `seconds`, phases and step time the last one.
+    """
 
     id: str
     outcome: Outcome

@@ -209,11 +209,11 @@ def _svg(draw: Any, key: str, label: str, height: float) -> str:
     import io
 
     import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib import figure
 
     # Not pyplot: it keeps global state, and chooses a backend that may want a display.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}):
-        figure: Figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
+        figure: Figure = figure.Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
         draw(figure.subplots())
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

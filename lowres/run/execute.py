@@ -116,6 +116,9 @@ def execute(
     except LowresError as error:
         record.outcome, record.error = error.outcome, str(error)  # type: ignore[assignment]
         raise
+    except OSError as error:
+        record.outcome, record.error = "failed", str(error)
+        raise LowresError(f"a file could not be read or written: {error}") from error
     except Exception as error:
         record.outcome, record.error = "failed", f"{type(error).__name__}: {error}"
         if is_out_of_memory(error):

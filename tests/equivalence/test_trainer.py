@@ -55,20 +55,18 @@ def trainer_losses(recipe: Any, folder: Path) -> list[float]:
         weight_decay=0.0, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
         logging_strategy="no", remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
+
     # Version 5.23 leaves the mean loss of a classification micro-batch undivided under accumulation
     # (its model takes `num_items_in_batch` and ignores it), so the right division is handed to it.
-    divided = None
-    if built.learner.head == "classification":
-
-        def divided(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-            total = torch.nn.functional.cross_entropy(outputs.logits, labels[:, 0], reduction="sum")
-            return total / num_items_in_batch
+    def divided(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        total = torch.nn.functional.cross_entropy(outputs.logits, labels[:, 0], reduction="sum")
+        return total / num_items_in_batch
 
     # The data set repeats, so that the sampler's order may run over several passes.
     trainer = Recording(
         model=built.model, args=arguments, train_dataset=list(built.train_rows),
         data_collator=built.collator, processing_class=built.tokenizer,
-        compute_loss_func=divided,
+        compute_loss_func=divided if built.learner.head == "classification" else None,
     )  # fmt: skip
     trainer.train()
     size = loop.accumulation

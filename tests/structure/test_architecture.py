@@ -122,7 +122,12 @@ def test_types_hold_outside_the_bridges() -> None:
 
 
 def test_style_holds() -> None:
-    """Behaviour: ruff's formatter and linter, as configured in pyproject.toml."""
+    """Behaviour: flake8 as configured in setup.cfg, ruff's formatter and linter in ruff.toml."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flake8", "lowres", "tests", "benchmarks", "recipes"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
     for arguments in (["check", "-q"], ["format", "--check", "-q"]):
         done = subprocess.run(
             [sys.executable, "-m", "ruff", *arguments, "lowres", "tests", "benchmarks", "recipes"],
