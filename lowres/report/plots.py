@@ -213,11 +213,11 @@ def _svg(draw: Any, key: str, label: str, height: float) -> str:
 
     # Not pyplot: it keeps global state, and chooses a backend that may want a display.
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}):
-        figure: Figure = figure.Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
-        draw(figure.subplots())
+        drawing: Figure = figure.Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
+        draw(drawing.subplots())
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        drawing.savefig(file, format="svg", transparent=True, metadata=nothing)
     return _for_page(file.getvalue(), label)
 
 
