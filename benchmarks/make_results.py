@@ -102,11 +102,15 @@ def section(folder: Path) -> list[str]:
     return [*lines, ""]
 
 
-def main() -> None:
+def page() -> str:
+    """The whole page."""
     folders = sorted({p.parent for p in (HOME / "records").rglob("*-seed*.json")})
-    body = [line for folder in folders for line in section(folder)]
-    (HOME / "results.md").write_text("\n".join([INTRODUCTION, *body]), encoding="utf-8")
-    print(f"benchmarks/results.md: {len(folders)} table(s)")
+    return "\n".join([INTRODUCTION, *(line for folder in folders for line in section(folder))])
+
+
+def main() -> None:
+    (HOME / "results.md").write_text(page(), encoding="utf-8")
+    print("benchmarks/results.md written")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,14 @@ PAPER_DEFAULT = "paper"
 
 
 def preload() -> None:
-    """Import what any method may need."""
-    import lowres.bridges.peft_tuner  # noqa: F401
+    """Import what any method may need, without bitsandbytes's remark about an optional package."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import lowres.bridges.peft_tuner  # noqa: F401
+    finally:
+        logger.setLevel(level)
 
 
 def inject(model: nn.Module, config: Any, blocks: Blocks) -> nn.Module:
@@ -34,7 +42,10 @@ def inject(model: nn.Module, config: Any, blocks: Blocks) -> nn.Module:
     # Losses are computed outside the model, so the plain wrapper serves every head; the saved file
     # names the type, so that PEFT's and transformers' Auto classes can load it.
     config.task_type = None
-    adapted = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads a name that transformers 5.23 deprecates.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].task_type = _task_type(model)
     return adapted
 
