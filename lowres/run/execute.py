@@ -95,7 +95,7 @@ def execute(
                 session.event("data", remark)
             if learner.blocks.head:
                 session.event("head", f"made anew, to be trained: {', '.join(learner.blocks.head)}")
-        if resumed is not None:
+        else:
             session.event("resumed", f"goes on after update {session.progress.step}")
 
         recipe.procedure.run(session)
@@ -107,7 +107,7 @@ def execute(
         record.outcome = "ok"
     except InputError as error:
         refused = True
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and found is None:
             output.release(folder, if_empty=True)
         raise recipe.located(error) from error
     except (KeyboardInterrupt, Interrupted) as error:

@@ -199,9 +199,7 @@ class TrainingSession:
             yield
 
     def _gradients(self, step: int, rows: Sequence[Row]) -> tuple[float, float, float]:
-        """Gradients of the mean loss over the global batch;
-        the loss sum, targets and tokens in it.
-        """
+        """Make the gradients of the mean loss; returns the loss sum, targets and tokens."""
         while True:
             try:
                 return self._try_gradients(step, rows)
@@ -221,8 +219,8 @@ class TrainingSession:
                 )
             if size == 1:
                 raise errors.OutOfMemory(
-                    f"out of memory at micro-batch 1 ({message}); lower loop.max_length, add the "
-                    "lever gradient_checkpointing, or train less (method lora, freezing prefix)"
+                    f"out of memory at micro-batch 1 ({message}); lower loop.max_length, recompute "
+                    "activations (lowres list levers), or train fewer parameters or blocks"
                 )
             self.progress.micro_batch_size = -(-size // 2)
             self.event(
