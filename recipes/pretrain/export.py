@@ -86,8 +86,8 @@ def stage(record: RunRecord) -> str:
     return (
         f"`lowres run recipes/pretrain/{record.id.rsplit('-', 2)[0]}.yaml` (digest "
         f"{load_recipe(record.recipe).digest}): {len(record.losses)} updates of "
-        f"{loop['global_batch_size']} windows of {loop['max_length']} tokens ({tokens / 1e6:.1f} M), "
-        f"{(record.measured.train_seconds or 0) / 60:.0f} minutes on "
+        f"{loop['global_batch_size']} windows of {loop['max_length']} tokens "
+        f"({tokens / 1e6:.1f} M), {(record.measured.train_seconds or 0) / 60:.0f} minutes on "
         f"{record.environment['cores']} CPU cores"
     )
 
