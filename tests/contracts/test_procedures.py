@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,16 +73,19 @@ def test_the_default_setting_equals_a_loop_written_by_hand(
     built = lowres.build(one)
     order = Order([r.length for r in built.train_rows], 8, STEPS, one.loop.seed)
     built.model.train()
-    theirs = []
+    theirs, norms = [], []
     for step in range(STEPS):
         batch = built.collator([built.train_rows[i] for i in order.rows(step)])
         logits = built.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         loss = torch.nn.functional.cross_entropy(logits.logits, batch["labels"][:, 0])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(built.model.parameters(), 1.0)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(built.model.parameters(), 1.0)))
         for group in built.optimizer.param_groups:
             group["lr"] = one.optimizer.lr * schedule.factor("linear", step, STEPS, 0)
         built.optimizer.step()
         built.optimizer.zero_grad()
         theirs.append(float(loss.detach()))
     assert ours.losses == pytest.approx(theirs, rel=1e-5)
+    # AdamW hides a wrong scale of the gradients from the losses; their norm does not.
+    log = (tmp_path / "ours" / "losses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["grad_norm"] for line in log] == pytest.approx(norms, rel=1e-4)

@@ -38,5 +38,8 @@ def test_two_processes_give_the_losses_of_one(
     assert two["outcome"] == "ok"
     assert two["environment"]["processes"] == 2
     assert two["losses"] == pytest.approx(one.losses, rel=1e-5)
+    logs = [(tmp_path / n / "losses.jsonl").read_text().splitlines() for n in ("one", "two")]
+    norms = [[json.loads(line)["grad_norm"] for line in log] for log in logs]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4) and len(norms[0]) == 5
     assert [s["n"] for s in two["scores"]] == [s.n for s in one.scores]
     assert [s["value"] for s in two["scores"]] == pytest.approx([s.value for s in one.scores])
