@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lowres.core.errors import InputError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch import nn
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lowres.core.recipe import Loop, Recipe
 
 TRAINED = "trained.safetensors"
+_LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def make(loop: Loop) -> Any:
@@ -128,3 +130,34 @@ def checkpoint_trained_only(accelerator: Any, model: nn.Module) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+@contextlib.contextmanager
+def alone_on_cpu(loop: Loop) -> Iterator[Any]:
+    """An Accelerator of one process on the CPU, whatever this process was launched as.
+
+    accelerate keeps the state of all its objects in class attributes; they are exchanged while the
+    block runs. float16 is stood in for by bfloat16: it has the same bytes, and the CPU has no
+    loss scaling.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    classes = (PartialState, AcceleratorState, GradientState)
+    before = [cls._shared_state for cls in classes]
+    environment = {
+        k: v for k, v in os.environ.items() if k in _LAUNCHED or k.startswith("ACCELERATE_")
+    }
+    for name in environment:
+        del os.environ[name]
+    for cls in classes:
+        cls._shared_state = {}
+    try:
+        yield Accelerator(
+            cpu=True, mixed_precision="bf16" if loop.precision == "fp16" else loop.precision
+        )
+    finally:
+        for cls, state in zip(classes, before, strict=True):
+            cls._shared_state = state
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+        os.environ.update(environment)

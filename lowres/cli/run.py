@@ -34,13 +34,17 @@ def command(
             "or from the one named.",
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run although the plan says that it does not fit.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the record on standard output.")
     ] = False,
 ) -> None:
     """Train, measure and score a recipe, and write its record.
 
-    Also under accelerate: accelerate launch -m lowres run RECIPE.
+    The recipe is planned first; where the plan does not fit, nothing is loaded and the exit code
+    is 3. Also under accelerate: accelerate launch -m lowres run RECIPE.
     """
     import sys
 
@@ -51,7 +55,7 @@ def command(
 
     accelerate_cpu.start_missing_processes(sys.argv[1:])
     loaded = lowres.load_recipe(recipe, overrides or [])
-    record = execute(loaded, output_folder=output, resume=resume)
+    record = execute(loaded, output_folder=output, resume=resume, force=force)
     if not accelerate.is_main():
         return
     from lowres.report import page, table

@@ -19,10 +19,10 @@ PIPED_WIDTH = 200
 
 def print_record(record: RunRecord) -> None:
     """Scores beside memory and time, in that order."""
-    console = _console()
+    out = console()
     measured = record.measured
-    console.print(f"{record.id}: {record.outcome}" + (f" ({record.error})" if record.error else ""))
-    _scores(console, record)
+    out.print(f"{record.id}: {record.outcome}" + (f" ({record.error})" if record.error else ""))
+    _scores(out, record)
     table = Table("phase", "live tensors", "allocated", "reserved", "process", "resident", "time")
     for name, m in measured.phases.items():
         table.add_row(
@@ -31,42 +31,42 @@ def print_record(record: RunRecord) -> None:
                                         m.process_bytes, m.resident_bytes)),
             format_seconds(m.seconds),
         )  # fmt: skip
-    console.print(table)
+    out.print(table)
     if measured.step_time is not None:
         t = measured.step_time
-        console.print(
+        out.print(
             f"update: {format_seconds(t.p50_seconds)} median (p20 {format_seconds(t.p20_seconds)}, "
             f"p80 {format_seconds(t.p80_seconds)}, n={t.n}), {t.tokens_per_second:,.0f} tokens/s"
         )
     if measured.parameters is not None:
         p = measured.parameters
-        console.print(
+        out.print(
             f"parameters: {format_count(p.trainable)} trained of {format_count(p.total)}; "
             f"saved {format_bytes(measured.saved_bytes)}, "
             f"checkpoint {format_bytes(measured.checkpoint_bytes)}"
         )
     if record.losses:
-        console.print(
+        out.print(
             f"loss: {record.losses[0]:.4f} -> {record.losses[-1]:.4f} "
             f"in {len(record.losses)} updates, {format_seconds(record.seconds)} in all"
         )
     for event in record.events:
-        console.print(f"event after update {event.step}: {event.kind}: {event.text}")
+        out.print(f"event after update {event.step}: {event.kind}: {event.text}")
 
 
 def print_comparison(records: Sequence[RunRecord]) -> None:
     """One row a record, and under the table the error of each that failed."""
-    console = _console()
+    out = console()
     header, rows = comparison(records)
     table = Table(box=box.SIMPLE)
     for i, name in enumerate(header):
         table.add_column(name, overflow="fold", justify="left" if 0 < i < 4 else "right")
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    out.print(table)
     for number, record in enumerate(records, start=1):
         if record.error:
-            console.print(f"{number}: {record.outcome}: {record.error}")
+            out.print(f"{number}: {record.outcome}: {record.error}")
 
 
 def comparison(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
@@ -106,7 +106,7 @@ def part_name(record: RunRecord, family: str) -> str:
     return str(part.get("name", "-")) if isinstance(part, dict) else str(part or "-")
 
 
-def _console() -> Console:
+def console() -> Console:
     # Markup off: an error or a recipe may hold [brackets], which are words here and not styles.
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
     return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=wide)

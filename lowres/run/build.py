@@ -58,14 +58,17 @@ class Built:
     inputs: Inputs
 
 
-def read(recipe: Recipe) -> Inputs:
+def read(recipe: Recipe, splits: data_module.Splits | None = None) -> Inputs:
     """Configuration, tokenizer and encoded data: all that can go wrong before weights are loaded.
+
+    Args:
+        splits: The examples, where they were read already.
 
     Raises:
         InputError: With every problem of checkpoint and data, and how to mend each.
     """
     (config, kind, tokenizer), splits = _all(
-        lambda: _read_model(recipe), lambda: data_module.read(recipe)
+        lambda: _read_model(recipe), lambda: splits or data_module.read(recipe)
     )
     encoder = Encoder(tokenizer, kind, recipe.loop.max_length)
     vocabulary = config.get_text_config().vocab_size
@@ -96,13 +99,14 @@ def _read_model(recipe: Recipe) -> tuple[Any, Kind, Any]:
     kind = transformers.kind_of(config)
     tokenizer, _ = _all(
         lambda: transformers.load_tokenizer(*source, wanted.pad_token),
-        lambda: _stop_at_wrong_kind(recipe, kind),
+        lambda: stop_at_wrong_kind(recipe, kind),
     )
-    _stop_at_position_limit(recipe, config, tokenizer, kind)
+    stop_at_position_limit(recipe, config, tokenizer, kind)
     return config, kind, tokenizer
 
 
-def _stop_at_wrong_kind(recipe: Recipe, kind: Kind) -> None:
+def stop_at_wrong_kind(recipe: Recipe, kind: Kind) -> None:
+    """Raise InputError when the objective does not work on this kind of model."""
     if kind not in recipe.objective.heads:
         serves = ", ".join(recipe.objective.heads)
         raise InputError(
@@ -117,7 +121,8 @@ def _stop_at_wrong_kind(recipe: Recipe, kind: Kind) -> None:
         )
 
 
-def _stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: Kind) -> None:
+def stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: Kind) -> None:
+    """Raise InputError when rows may be longer than the model's positions."""
     limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     limit = min(x for x in (*limits, 1 << 40) if isinstance(x, int) and x > 0)
     longest = recipe.objective.longest(recipe.task, recipe.loop.max_length, kind)
@@ -136,12 +141,25 @@ def _stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: K
         )
 
 
-def assemble(recipe: Recipe, inputs: Inputs) -> Built:
-    """Load the weights and fold in freezing, method, levers and optimizer, in that order."""
+def assemble(
+    recipe: Recipe,
+    inputs: Inputs,
+    load: Callable[..., tuple[nn.Module, list[str]]] | None = None,
+    chosen: Callable[[Learner], None] | None = None,
+    adapted: Callable[[Learner], None] | None = None,
+) -> Built:
+    """Load the weights and fold in freezing, method, levers and optimizer, in that order.
+
+    Args:
+        load: Takes the place of `transformers.load_model` (the planner loads shapes).
+        chosen, adapted: Called after the freezing has chosen and after the method was applied.
+    """
     import torch
 
     from lowres.bridges import transformers
     from lowres.bridges.blocks import map_blocks
+
+    load = load or transformers.load_model
 
     request = LoadRequest(
         checkpoint=recipe.model.checkpoint,
@@ -155,14 +173,18 @@ def assemble(recipe: Recipe, inputs: Inputs) -> Built:
     )
     request = fold(request, recipe.levers, "on_load")
     seed = recipe.loop.seed
-    model, fresh = transformers.load_model(request, inputs.config, inputs.encoder.pad_id, seed)
+    model, fresh = load(request, inputs.config, inputs.encoder.pad_id, seed)
     pretrained = recipe.model.init == "pretrained"
     blocks = map_blocks(model, fresh, pretrained, inputs.head == "classification")
     learner = Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
     learner.blocks = recipe.freezing.blocks(learner, _sample(recipe, inputs))
+    if chosen is not None:
+        chosen(learner)
     torch.manual_seed(seed)
     learner.module = learner.base = recipe.method.apply(model, learner.blocks)
+    if adapted is not None:
+        adapted(learner)
     learner = fold(learner, recipe.levers, "on_learner")
 
     trained = [(n, p) for n, p in learner.base.named_parameters() if p.requires_grad]

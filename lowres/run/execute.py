@@ -20,6 +20,7 @@ from lowres.memory.live import tensors_of
 from lowres.memory.meter import Meter
 from lowres.run import build, checkpoint, environment, output
 from lowres.run.evaluate import evaluate
+from lowres.run.foresight import foresee, to_record
 from lowres.run.progress import Reporter
 from lowres.run.session import TrainingSession, is_out_of_memory
 
@@ -29,6 +30,7 @@ def execute(
     *,
     output_folder: str | Path | None = None,
     resume: str | None = None,
+    force: bool = False,
     quiet: bool = False,
 ) -> RunRecord:
     """Run a recipe and write its record, whatever happens.
@@ -36,6 +38,7 @@ def execute(
     Args:
         output_folder: A folder that is empty or not there; None takes the next `runs/<recipe>-<n>`.
         resume: `latest` or the path of a checkpoint; None begins anew.
+        force: Run although the plan does not fit.
         quiet: Say nothing.
 
     Returns:
@@ -43,6 +46,7 @@ def execute(
 
     Raises:
         InputError: When the recipe cannot be run here; nothing is written.
+        DoesNotFit: When the plan exceeds the device or the budget; nothing was loaded.
         LowresError: When the run failed; the record says how.
     """
     started = time.monotonic()
@@ -64,6 +68,8 @@ def execute(
         reporter.say(f"{output.stem(recipe)}: {_plan_line(recipe)}\noutput: {folder}")
         inputs = build.read(recipe)
         record.data = inputs.data.reports
+        planned = foresee(recipe, inputs, accelerator, reporter, force)
+        record.plan = None if planned is None else to_record(planned)
 
         # Libraries are loaded before memory is: whether a method needs PEFT must not show as bytes.
         peft.preload()

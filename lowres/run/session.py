@@ -17,7 +17,7 @@ import torch
 from lowres.bridges import accelerate
 from lowres.core import errors, schedule
 from lowres.core.engine import Engine
-from lowres.core.example import Row, collate
+from lowres.core.example import Row
 from lowres.core.learner import Learner
 from lowres.core.parts import values
 from lowres.core.recipe import Recipe
@@ -27,6 +27,7 @@ from lowres.memory.meter import Meter
 from lowres.run import checkpoint
 from lowres.run.checkpoint import Progress
 from lowres.run.data import Data, Order, updates_of
+from lowres.run.gradients import make_gradients, micro_batches
 from lowres.run.limits import Limits
 from lowres.run.output import Losses
 from lowres.run.progress import Reporter
@@ -230,29 +231,16 @@ class TrainingSession:
             )
 
     def _try_gradients(self, step: int, rows: Sequence[Row]) -> tuple[float, float, float]:
-        accelerator, objective = self.accelerator, self.recipe.objective
+        accelerator = self.accelerator
         share = -(-len(rows) // accelerator.num_processes)
         own = rows[accelerator.process_index * share :][:share]
-        size = self.progress.micro_batch_size
-        side = objective.padding_side("train", self.recipe.task, self.learner.kind)
-        pad_id = int(self.learner.tokenizer.pad_token_id)
-        batches = [collate(own[i : i + size], pad_id, side) for i in range(0, len(own), size)]
-        tokens = float(sum(int(b["attention_mask"].sum()) for b in batches))
-        own_targets = float(sum(objective.targets(b) for b in batches))
-        targets, tokens = accelerate.sum_over_processes(accelerator, [own_targets, tokens])
+        batches = micro_batches(self.recipe, self.learner, own, self.progress.micro_batch_size)
         # A function of seed, update and process alone: a repeated or resumed update draws the same
         # dropout.
-        torch.manual_seed(_seed(self.recipe.loop.seed, step, accelerator.process_index))
-        loss_sum = torch.zeros((), dtype=torch.float64)
-        for number, batch in enumerate(batches):
-            batch = {k: v.to(accelerator.device) for k, v in batch.items()}
-            with accelerator.autocast():
-                loss = objective.loss(self.learner, batch)
-            self.engine.accumulate(loss, 1.0 / targets, last=number == len(batches) - 1)
-            loss_sum += loss.detach().cpu().double()
-            del loss
-        (total,) = accelerate.sum_over_processes(accelerator, [float(loss_sum)])
-        return total, targets, tokens
+        seed = _seed(self.recipe.loop.seed, step, accelerator.process_index)
+        return make_gradients(
+            self.recipe.objective, self.learner, self.engine, accelerator, batches, seed
+        )
 
     def _step(self, factor: float) -> float | None:
         try:

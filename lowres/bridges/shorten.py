@@ -1,0 +1,110 @@
+"""Take blocks out of a model, so that a few can stand for many that are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+TRACED = 4
+"""First, last and two between them: the two show that what lies between repeats."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive blocks of one stack that are built alike.
+
+    Args:
+        start: Place of the first among all blocks of the model.
+        length: How many there are.
+        kept: The places that stay.
+    """
+
+    start: int
+    length: int
+    kept: tuple[int, ...]
+
+
+def runs_of(model: nn.Module, names: Sequence[str], trained: Set[str], shorten: bool) -> list[Run]:
+    """Group blocks by structure: parameters, what of them is trained, and classes of modules.
+
+    Args:
+        model: The transformers model, with or without adapters.
+        names: Paths of its blocks.
+        trained: Those in which a method may train.
+        shorten: Keep at most `TRACED` blocks of a run, else all.
+    """
+    runs: list[Run] = []
+    start = 0
+    blocks = [model.get_submodule(name) for name in names]
+    kinds = [
+        (name.rpartition(".")[0], name in trained, _structure(b))
+        for name, b in zip(names, blocks, strict=True)
+    ]
+    for at in range(1, len(names) + 1):
+        if at < len(names) and kinds[at] == kinds[start]:
+            continue
+        length = at - start
+        kept = tuple(range(start, at))
+        if shorten and length > TRACED:
+            kept = (start, *_two_between(blocks, start, at), at - 1)
+        runs.append(Run(start, length, kept))
+        start = at
+    return runs
+
+
+def _structure(block: nn.Module) -> Any:
+    return (
+        tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()),
+        tuple(type(m).__name__ for m in block.modules()),
+    )
+
+
+def _two_between(blocks: Sequence[nn.Module], start: int, end: int) -> tuple[int, int]:
+    """Two neighbours inside a run, of different attention types where it has several."""
+    kinds = [_attention(b) for b in blocks[start:end]]
+    for at in range(1, len(kinds) - 2):
+        if kinds[at] != kinds[at + 1]:
+            return start + at, start + at + 1
+    return start + 1, start + 2
+
+
+def _attention(block: Any) -> Any:
+    return getattr(block, "attention_type", None) or getattr(block, "layer_type", None)
+
+
+def shorten(model: Any, names: Sequence[str], kept: Sequence[int]) -> tuple[str, ...]:
+    """Leave only the kept blocks in the model; returns their new paths."""
+    stacks: dict[str, list[int]] = {}
+    for place in kept:
+        stacks.setdefault(names[place].rpartition(".")[0], []).append(place)
+    out = []
+    for stack, places in stacks.items():
+        inside = [int(names[p].rpartition(".")[2]) for p in places]
+        modules = model.get_submodule(stack)
+        if len(inside) == len(modules):
+            out += [names[p] for p in places]
+            continue
+        chosen = [modules[i] for i in inside]
+        for module_list in (m for m in model.modules() if m is modules):
+            module_list._modules = {str(i): block for i, block in enumerate(chosen)}
+        for number, block in enumerate(chosen):
+            out.append(f"{stack}.{number}")
+            for module in block.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = number
+        _tell_config(model.config, inside)
+    return tuple(out)
+
+
+def _tell_config(config: Any, inside: list[int]) -> None:
+    """A decoder's config counts its layers and names the attention type of each."""
+    if getattr(config, "is_encoder_decoder", False):
+        return
+    for key in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(config, key, None)
+        if isinstance(kinds, list | tuple):
+            setattr(config, key, [kinds[i] for i in inside])
+    config.num_hidden_layers = len(inside)

@@ -1,0 +1,122 @@
+"""`lowres plan`: what a recipe will cost, before a byte is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from lowres.core.recipe import Recipe
+    from lowres.memory.catalogue import Device
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(
+    name="plan",
+    epilog="example: lowres plan recipes/quickstart.yaml --gpu rtx-4060 --no-changes",
+)
+def command(
+    recipes: Annotated[
+        Optional[list[Path]], typer.Argument(metavar="[RECIPE]", help="A recipe file.")
+    ] = None,
+    model: Annotated[
+        Optional[str],
+        typer.Option(help="Plan LoRA for a model instead: hub id, or folder with a config.json."),
+    ] = None,
+    task: Annotated[Optional[str], typer.Option(help="With --model: the task.")] = None,
+    gpu: Annotated[
+        Optional[str], typer.Option(metavar="NAME", help="A card, such as rtx-4090, t4 or cpu.")
+    ] = None,
+    device_gib: Annotated[
+        Optional[float], typer.Option(help="Memory of the card, or what it may take of it.")
+    ] = None,
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key. Repeatable."),
+    ] = None,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Compare two recipes by component: --diff A B.")
+    ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Trace every block instead of extending from four.")
+    ] = False,
+    changes: Annotated[
+        bool, typer.Option(help="Weigh each lever and smaller setting by itself, too.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    html: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="Write one self-contained page.")
+    ] = None,
+) -> None:
+    """Predict memory by phase and category, and the time of an update. Needs no GPU or weights.
+
+    Exit 0 also when it does not fit; 1 when the recipe's code cannot be traced, 2 for wrong input.
+    """
+    from lowres.core.plan import to_json
+    from lowres.run.ladder import ladder
+    from lowres.run.plan import plan
+
+    read = _read(recipes or [], model, task, overrides or [], device_gib, 2 if diff else 1)
+    device = _device(gpu, device_gib)
+    plans = [plan(recipe, device, exact=exact) for recipe in read]
+    if diff:
+        from lowres.report.plan_table import print_difference
+
+        assert recipes is not None
+        if as_json:
+            typer.echo("[\n" + ",\n".join(to_json(p).rstrip() for p in plans) + "\n]")
+        else:
+            print_difference(plans[0], plans[1], (recipes[0].stem, recipes[1].stem))
+        return
+    (found,) = plans
+    if changes:
+        found.changes = ladder(read[0], device, found)
+    if html is not None:
+        from lowres.report.plan_page import write_plan_page
+
+        write_plan_page(found, html)
+    if as_json:
+        typer.echo(to_json(found))
+    else:
+        from lowres.report.plan_table import print_plan
+
+        print_plan(found)
+    if html is not None:
+        typer.echo(f"page: {html}", err=as_json)
+
+
+def _read(
+    paths: list[Path],
+    model: str | None,
+    task: str | None,
+    overrides: list[str],
+    device_gib: float | None,
+    wanted: int,
+) -> list[Recipe]:
+    from lowres.core.errors import InputError
+    from lowres.core.reading import load_recipe
+    from lowres.run.plan import with_budget
+    from lowres.run.starting import starting_recipe
+
+    if (model is None) == (not paths) or (model is not None and wanted == 2):
+        raise InputError("the command", ["give a recipe file or --model M (two files with --diff)"])
+    if model is not None:
+        read = [load_recipe(starting_recipe(model, task), overrides)]
+    elif task is not None:
+        raise InputError("--task", ["a recipe names its own; --task goes with --model"])
+    elif len(paths) != wanted:
+        raise InputError("the command", [f"{len(paths)} recipe files; this wants {wanted}"])
+    else:
+        read = [load_recipe(path, overrides) for path in paths]
+    return [with_budget(recipe, device_gib) for recipe in read]
+
+
+def _device(gpu: str | None, device_gib: float | None) -> Device | None:
+    from lowres.memory import device
+
+    if gpu is not None:
+        return device.load(gpu)
+    return None if device_gib is None else device.generic(device_gib)

@@ -1,0 +1,95 @@
+"""Seconds of a step from its operations: each takes as long as its arithmetic or its traffic.
+
+Source: Williams et al. 2009, Roofline: An Insightful Visual Performance Model,
+https://doi.org/10.1145/1498765.1498785. The shares of a datasheet's rates that kernels reach are
+assumptions until `lowres doctor --calibrate` has measured the device; the band says so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lowres.core.plan import StepPlan
+from lowres.memory.trace import Trace
+
+SMALL_FLOPS = 1e9
+"""Matrix products below this do not fill a card; they reach a share that grows with their size."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Args:
+        flops: By dtype name, such as `bfloat16`.
+        bandwidth: Bytes of its own memory.
+        transfer: Bytes between host and device, one way.
+        launch_seconds: Of the host for one operation.
+        products, attention, traffic: Shares of the above that kernels reach.
+        band: Factors on the result between which a measured median is expected.
+        basis: Where all this comes from.
+    """
+
+    flops: Mapping[str, float]
+    bandwidth: float
+    transfer: float
+    launch_seconds: float
+    products: float
+    attention: float
+    traffic: float
+    band: tuple[float, float]
+    basis: str
+
+
+DATASHEET = {"products": 0.7, "attention": 0.4, "traffic": 0.75, "band": (0.6, 1.7)}
+"""Shares of datasheet rates; no record of a GPU stands behind them yet."""
+MEASURED = {"products": 1.0, "attention": 0.6, "traffic": 1.0, "band": (0.75, 1.35)}
+"""Shares of rates that a calibration measured with large products and copies."""
+
+
+def step_time(
+    trace: Trace, rates: Rates, repeats: float, tokens: float, transfers_bytes: int = 0
+) -> StepPlan:
+    """Time of one optimizer update.
+
+    Args:
+        trace: With the costs of the traced micro-batches and the optimizer step.
+        repeats: Work of all micro-batches of an update over that of the traced ones.
+        tokens: Real tokens of an update.
+        transfers_bytes: Between host and device in an update.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    launches = 0.0
+    for cost in trace.costs:
+        times = repeats if cost.stage in ("forward", "backward") else 1.0
+        name = str(cost.dtype).removeprefix("torch.")
+        rate = rates.flops.get(name) or rates.flops["float32"]
+        moving = cost.bytes / (rates.bandwidth * rates.traffic)
+        computing = 0.0
+        if cost.flops:
+            share = rates.attention if cost.kind == "attention" else rates.products
+            fill = cost.flops / (cost.flops + SMALL_FLOPS)
+            computing = cost.flops / (rate * share * fill)
+        kind = {"products": "matrix products", "attention": "attention"}.get(
+            cost.kind, "memory traffic"
+        )
+        work = max(computing, moving)
+        # The host runs ahead of the device, so a launch costs what the work before does not hide.
+        idle = max(0.0, rates.launch_seconds - work)
+        seconds[kind] += times * work
+        launches += times * idle
+    seconds["launches"] = launches
+    if transfers_bytes:
+        seconds["transfers"] = transfers_bytes / rates.transfer
+    total = sum(seconds.values())
+    low, high = rates.band
+    return StepPlan(
+        seconds=total,
+        low_seconds=total * low,
+        high_seconds=total * high,
+        tokens_per_second=tokens / total if total else 0.0,
+        parts=dict(seconds),
+        basis=rates.basis,
+    )

@@ -1,0 +1,89 @@
+"""The events of a rehearsed step: births and deaths of storages, and the work of operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+OUTSIDE = -1
+"""Place of what belongs to no block: embeddings, head, loss, lists over all parameters."""
+
+
+@dataclass(slots=True)
+class Birth:
+    """Where a storage came from.
+
+    Args:
+        bytes: Of the storage.
+        place: Number of the block whose work it is, or OUTSIDE.
+        stage: `forward`, `recomputation`, `backward`, `optimizer step` and so on.
+        module: Path of the innermost module at work; empty outside of modules.
+        operation: The ATen operation.
+        width: Last dimension of the tensor, by which logits are told from other tensors.
+        category: Set where it is known from the start (weights), else found afterwards.
+    """
+
+    bytes: int
+    place: int
+    stage: str
+    module: str
+    operation: str
+    width: int
+    category: str = ""
+
+
+@dataclass(slots=True)
+class Cost:
+    """Work of one operation: for the step time."""
+
+    place: int
+    stage: str
+    kind: str
+    dtype: torch.dtype
+    flops: int
+    bytes: int
+
+
+@dataclass
+class Trace:
+    """An event stream: `tensors[i]` is born where `sizes[i]` > 0 and dies where it is negative.
+
+    Args:
+        places: For each event, the block at work.
+        births: By tensor number.
+        marks: Names of phases and stages with the number of the first event of each.
+        costs: Of the operations since the last `mark_costs`.
+        unknown: Operations without a rule, with the most bytes that one call handles.
+        loose: Deaths that happened outside of every block.
+    """
+
+    tensors: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    births: list[Birth] = field(default_factory=list)
+    marks: list[tuple[str, int]] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    unknown: dict[str, int] = field(default_factory=dict)
+    loose: list[int] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Order deaths that nothing separates by block and birth.
+
+        A cache that is emptied, such as autocast's of converted weights, has no order of its own;
+        neither live bytes nor the allocator's free blocks depend on it.
+        """
+        loose, self.loose = self.loose, []
+        borders = {at for _, at in self.marks}
+        begin = 0
+        for at in range(1, len(loose) + 1):
+            goes_on = at < len(loose) and loose[at] == loose[at - 1] + 1
+            if goes_on and loose[at] not in borders:
+                continue
+            stretch = range(loose[begin], loose[at - 1] + 1)
+            order = sorted(stretch, key=lambda e: (self.places[e], self.tensors[e]))
+            for values in (self.tensors, self.sizes, self.places):
+                values[stretch.start : stretch.stop] = [values[e] for e in order]
+            begin = at

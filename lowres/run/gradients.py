@@ -1,0 +1,61 @@
+"""The gradients of one update, micro-batch by micro-batch: the part of a step that needs memory."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowres.bridges import accelerate
+from lowres.core.example import Batch, Row, collate
+
+if TYPE_CHECKING:
+    from lowres.core.engine import Engine
+    from lowres.core.learner import Learner
+    from lowres.core.parts import Objective
+    from lowres.core.recipe import Recipe
+
+
+def micro_batches(recipe: Recipe, learner: Learner, rows: Sequence[Row], size: int) -> list[Batch]:
+    """The rows of one process's share of an update as padded batches of `size` rows."""
+    side = recipe.objective.padding_side("train", recipe.task, learner.kind)
+    pad_id = int(learner.tokenizer.pad_token_id)
+    return [collate(rows[i : i + size], pad_id, side) for i in range(0, len(rows), size)]
+
+
+def make_gradients(
+    objective: Objective,
+    learner: Learner,
+    engine: Engine,
+    accelerator: Any,
+    batches: Sequence[Batch],
+    seed: int,
+    only: Container[int] | None = None,
+) -> tuple[float, float, float]:
+    """Make the gradients of the mean loss over the global batch.
+
+    Args:
+        seed: Of dropout.
+        only: Micro-batches to compute, by number; None for all. The planner leaves out those that
+            repeat others.
+
+    Returns:
+        Sum of the loss, targets and real tokens, over all processes.
+    """
+    tokens = float(sum(int(b["attention_mask"].sum()) for b in batches))
+    own_targets = float(sum(objective.targets(b) for b in batches))
+    targets, tokens = accelerate.sum_over_processes(accelerator, [own_targets, tokens])
+    torch.manual_seed(seed)
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    for number, batch in enumerate(batches):
+        if only is not None and number not in only:
+            continue
+        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+        with accelerator.autocast():
+            loss = objective.loss(learner, batch)
+        engine.accumulate(loss, 1.0 / targets, last=number == len(batches) - 1)
+        loss_sum += loss.detach().cpu().double()
+        del loss
+    (total,) = accelerate.sum_over_processes(accelerator, [float(loss_sum)])
+    return total, targets, tokens

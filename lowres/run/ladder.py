@@ -1,0 +1,126 @@
+"""What single changes to a recipe would save and cost: the lever ladder of a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from lowres.core import registry
+from lowres.core.errors import InputError, LowresError
+from lowres.core.plan import Card, Change, MemoryPlan, StepPlan
+from lowres.core.reading import load_recipe
+from lowres.core.recipe import Recipe
+from lowres.memory.allocator import smallest_capacity
+from lowres.memory.catalogue import Device
+from lowres.memory.extend import DoesNotRepeat
+from lowres.memory.roofline import step_time
+from lowres.run import plan as planning
+from lowres.run.assumed import inputs_for
+from lowres.run.rehearsal import Rehearsal, rehearse
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighed:
+    """What a quick rehearsal says of a recipe."""
+
+    needed_bytes: int
+    step: StepPlan | None
+
+
+def ladder(recipe: Recipe, device: Device | None, found: MemoryPlan) -> list[Change]:
+    """Each lever that the recipe lacks and each smaller setting, by itself.
+
+    Args:
+        found: The recipe's own plan.
+
+    Returns:
+        Those that make it fit first, and of these the least costly in time; then by bytes saved;
+        last what cannot be had, with the reason.
+    """
+    device, card = planning.choose_card(recipe, device)
+    base = weigh(recipe, device, card)
+    changes = []
+    for name, overrides in variants(recipe, found):
+        change = Change(name, overrides)
+        changes.append(change)
+        try:
+            changed = load_recipe(recipe.resolved(), overrides)
+            there = weigh(changed, device, card)
+        except InputError as error:
+            change.problem = "; ".join(p.text for p in error.problems)
+            continue
+        except LowresError as error:
+            change.problem = str(error)
+            continue
+        change.saved_bytes = base.needed_bytes - there.needed_bytes
+        change.needed_bytes = found.needed_bytes - change.saved_bytes
+        if card is not None and card.kind != "cpu":
+            change.fits = change.needed_bytes - card.context_bytes <= card.available_bytes
+        if base.step is not None and there.step is not None:
+            change.step_ratio = there.step.seconds / base.step.seconds
+    return sorted(changes, key=_order)
+
+
+def _order(change: Change) -> tuple[bool, bool, float]:
+    if change.problem is not None:
+        return (True, True, 0.0)
+    if change.fits:
+        return (False, False, change.step_ratio or -float(change.saved_bytes or 0))
+    return (False, True, -float(change.saved_bytes or 0))
+
+
+def variants(recipe: Recipe, found: MemoryPlan) -> Iterator[tuple[str, list[str]]]:
+    """Names of the changes to try, with their `--set` arguments."""
+    present = [lever.name for lever in recipe.levers]
+    resolved = recipe.resolved()
+    for name in registry.names("lever"):
+        if name not in present:
+            yield f"lever {name}", [f"levers={json.dumps([*resolved['levers'], {'name': name}])}"]
+    loop = recipe.loop
+    if loop.micro_batch_size > 1:
+        half = _divisor_below(loop.global_batch_size, loop.micro_batch_size // 2)
+        yield f"micro-batch {half}", [f"loop.micro_batch_size={half}"]
+    if loop.max_length >= 64:
+        half = loop.max_length // 2
+        yield f"length {half}", [f"loop.max_length={half}"]
+    if recipe.optimizer.name == "adamw" and "adamw_8bit" in registry.names("optimizer"):
+        lr = resolved["optimizer"]["lr"]
+        told = json.dumps({"name": "adamw_8bit", "lr": lr})
+        yield "optimizer adamw_8bit", [f"optimizer={told}"]
+    if recipe.method.name == "full":
+        yield "method lora", ['method={"name": "lora", "targets": "all-linear"}']
+    if recipe.model.dtype == "float32":
+        yield "weights in bfloat16", ["model.dtype=bfloat16"]
+    blocks = sum(found.blocks)
+    if recipe.freezing.name == "none" and blocks > 1:
+        told = json.dumps({"name": "prefix", "frozen": blocks // 2})
+        yield f"freeze the lower {blocks // 2} of {blocks} blocks", [f"freezing={told}"]
+
+
+def _divisor_below(whole: int, most: int) -> int:
+    return next(n for n in range(most, 0, -1) if whole % n == 0)
+
+
+def weigh(recipe: Recipe, device: Device | None, card: Card | None) -> Weighed:
+    """Needed bytes and step time by a quick rehearsal; both are for comparison."""
+    inputs, _ = inputs_for(recipe)
+    target = planning.target_of(device)
+    try:
+        done = rehearse(recipe, inputs, target, quick=True)
+    except DoesNotRepeat:
+        done = rehearse(recipe, inputs, target, quick=True, whole=True)
+    rates = planning.rates_of(device) if device is not None else None
+    step = None if rates is None else step_time(done.trace, rates, done.repeats, done.tokens)
+    return Weighed(_needed(done, card, target.kind == "cpu"), step)
+
+
+def _needed(done: Rehearsal, card: Card | None, on_cpu: bool) -> int:
+    if on_cpu:
+        live = peak = 0
+        for size in done.trace.sizes:
+            live += size
+            peak = max(peak, live)
+        return peak
+    context = card.context_bytes if card is not None else 0
+    return smallest_capacity(done.trace.tensors, done.trace.sizes) + context

@@ -1,0 +1,245 @@
+"""What a recipe will cost: its rehearsal, replayed through the allocator of the card."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from lowres.bridges import rehearsal
+from lowres.core import record
+from lowres.core.errors import InputError
+from lowres.core.plan import Card, MemoryPlan, PhasePlan, PlanPhase, StepPlan
+from lowres.core.recipe import Recipe
+from lowres.core.units import gib_to_bytes
+from lowres.memory import device as devices
+from lowres.memory.allocator import CachingAllocator, smallest_capacity
+from lowres.memory.catalogue import Device
+from lowres.memory.extend import DoesNotRepeat
+from lowres.memory.roofline import DATASHEET, MEASURED, Rates, step_time
+from lowres.memory.summary import Summary
+from lowres.memory.translate import Target
+from lowres.run.assumed import inputs_for
+from lowres.run.build import Inputs
+from lowres.run.rehearsal import Rehearsal, rehearse
+
+
+def plan(
+    recipe: Recipe,
+    device: Device | None = None,
+    *,
+    exact: bool = False,
+    inputs: Inputs | None = None,
+) -> MemoryPlan:
+    """Plan a recipe from its configuration alone; reads no weights and needs no GPU.
+
+    Args:
+        device: The card; None for the one that `budget.device_gib` describes, then the one of this
+            machine. `memory.device` finds cards by name and size.
+        exact: Trace every block instead of extending from four of a kind.
+        inputs: Of `build.read`, where they were read already.
+
+    Returns:
+        The plan. Where it fits no card is told by `fits`, not by an error.
+
+    Raises:
+        InputError: For a recipe, configuration or card that cannot be planned.
+        TraceFailed: Where the recipe's code cannot run without data, naming the operation.
+    """
+    started = time.monotonic()
+    device, card = choose_card(recipe, device)
+    shapes = "the data of the run"
+    try:
+        if inputs is None:
+            inputs, shapes = inputs_for(recipe)
+    except InputError as error:
+        raise recipe.located(error) from error
+    resident_bytes = psutil.Process().memory_info().rss
+    target = target_of(device)
+    notes: list[str] = []
+    try:
+        done = rehearse(recipe, inputs, target, whole=exact)
+    except DoesNotRepeat as why:
+        notes.append(f"the whole depth was traced: {why}")
+        done, exact = rehearse(recipe, inputs, target, whole=True), True
+    vocabulary = int(inputs.config.get_text_config().vocab_size)
+    summary = Summary(done.trace, done.names, vocabulary)
+    phases = _phases(done, summary, target, vocabulary)
+    peak_phase = max(phases, key=lambda p: phases[p].allocated_bytes or phases[p].live_bytes)
+    unknown = {**done.load.unknown, **done.trace.unknown}
+    needed_bytes = phases[peak_phase].live_bytes
+    if target.kind == "cuda":
+        needed_bytes = max(
+            smallest_capacity(done.trace.tensors, done.trace.sizes),
+            phases["load"].reserved_bytes or 0,
+        ) + (card.context_bytes if card else 0)
+    host_bytes = resident_bytes + max(p.host_bytes for p in phases.values())
+    if target.kind == "cpu":
+        host_bytes = resident_bytes + phases[peak_phase].live_bytes
+    return MemoryPlan(
+        recipe=recipe.resolved(),
+        digest=recipe.digest,
+        card=card,
+        phases=phases,
+        peak_phase=peak_phase,
+        needed_bytes=needed_bytes,
+        fits=None if card is None or card.kind == "cpu" else _fits(needed_bytes, card),
+        host_needed_bytes=host_bytes,
+        host_fits=_host_fits(recipe, host_bytes, device),
+        trainable=done.trainable,
+        total=done.total,
+        step=_step(device, done),
+        curve=summary.curve(*summary.bounds["steady_steps"]),
+        shapes=shapes,
+        depth=_depth(done, exact),
+        band_bytes=sum(unknown.values()) + (device.context_band_bytes if device else 0),
+        blocks=[run.length for run in done.runs],
+        planning_seconds=time.monotonic() - started,
+        unknown=sorted(unknown),
+        notes=notes,
+        versions={"torch": torch.__version__, **rehearsal.versions()},
+    )
+
+
+def choose_card(recipe: Recipe, device: Device | None) -> tuple[Device | None, Card | None]:
+    """The device to plan for, and what of it the budget leaves."""
+    budget = recipe.budget.device_gib
+    if device is None:
+        device = devices.present()
+        if device is None and budget is not None:
+            device = devices.generic(budget)
+        if device is None:
+            return None, None
+    device, _ = devices.stored(device)
+    return device, devices.card(device, None if device.kind == "cpu" else budget)
+
+
+def target_of(device: Device | None) -> Target:
+    """Whose behaviour to trace. Without a device: CUDA, as of a card before Hopper."""
+    if device is None:
+        return Target("cuda")
+    if device.kind == "cpu":
+        return Target("cpu")
+    capability = device.compute_capability or (8, 6)
+    workspace = device.matmul_workspace_bytes or devices.workspace_bytes(capability)
+    return Target("cuda", workspace)
+
+
+def _fits(needed_bytes: int, card: Card) -> bool:
+    return needed_bytes - card.context_bytes <= card.available_bytes
+
+
+def _host_fits(recipe: Recipe, needed_bytes: int, device: Device | None) -> bool | None:
+    budget = recipe.budget.host_gib
+    if budget is not None:
+        return needed_bytes <= gib_to_bytes(budget)
+    if device is not None and device.kind == "cpu":
+        return needed_bytes <= psutil.virtual_memory().total
+    return None
+
+
+def _depth(done: Rehearsal, exact: bool) -> str:
+    if exact or all(len(r.kept) == r.length for r in done.runs):
+        return f"all {len(done.names)} blocks traced"
+    told = " and ".join(f"{len(r.kept)} of {r.length}" for r in done.runs)
+    return f"extended from {told} blocks"
+
+
+def _phases(
+    done: Rehearsal, summary: Summary, target: Target, vocabulary: int
+) -> dict[PlanPhase, PhasePlan]:
+    phases: dict[PlanPhase, PhasePlan] = {}
+    loading = Summary(done.load, (), vocabulary)
+    peak = loading.peak(0, len(done.load.tensors))
+    on_device = target.kind == "cpu" or done.loads_on_device
+    first = summary.bounds["first_step"][0]
+    held = summary.peak(0, first)
+    chosen = peak if on_device else held
+    phases["load"] = PhasePlan(
+        live_bytes=chosen.live_bytes, allocated_bytes=None, reserved_bytes=None,
+        host_bytes=done.largest_bytes if on_device else peak.live_bytes,
+        categories=held.categories if not on_device else {"weights": peak.live_bytes},
+        instant="loading" if on_device else "weights on the device",
+        module=chosen.module, operation=chosen.operation,
+    )  # fmt: skip
+    for name in ("first_step", "steady_steps", "save", "evaluate", "resume"):
+        begin, end = summary.bounds[name]
+        peak = summary.peak(begin, end)
+        phases[name] = PhasePlan(
+            live_bytes=peak.live_bytes, allocated_bytes=None, reserved_bytes=None, host_bytes=0,
+            categories=peak.categories, instant=peak.instant, module=peak.module,
+            operation=peak.operation,
+        )  # fmt: skip
+    if target.kind == "cuda":
+        if done.loads_on_device:
+            _replay(phases, {"load": (0, len(done.load.tensors))}, done.load)
+        bounds = {"load": (0, first)} if not done.loads_on_device else {}
+        _replay(phases, bounds | summary.bounds, done.trace)
+    return phases
+
+
+def _replay(phases: dict[PlanPhase, PhasePlan], bounds: dict[str, Any], trace: Any) -> None:
+    """Fill in what the allocator would hand out and take from the driver, phase after phase."""
+    allocator = CachingAllocator()
+    at = 0
+    for name, (begin, end) in sorted(bounds.items(), key=lambda item: item[1]):
+        for tensor, size in zip(trace.tensors[at:begin], trace.sizes[at:begin], strict=True):
+            allocator.malloc(tensor, size) if size > 0 else allocator.free(tensor)
+        allocator.peak_allocated_bytes = allocator.allocated_bytes
+        allocator.peak_reserved_bytes = allocator.reserved_bytes
+        for tensor, size in zip(trace.tensors[begin:end], trace.sizes[begin:end], strict=True):
+            allocator.malloc(tensor, size) if size > 0 else allocator.free(tensor)
+        at = end
+        phase = phases.get(name)  # type: ignore[call-overload]
+        if phase is not None:
+            phase.allocated_bytes = allocator.peak_allocated_bytes
+            phase.reserved_bytes = allocator.peak_reserved_bytes
+
+
+def rates_of(device: Device) -> Rates | None:
+    """What the planner assumes a device to reach; None where its file knows no rates."""
+    if not device.rates or not device.bandwidth_bytes_per_second:
+        return None
+    shares: dict[str, Any] = MEASURED if device.calibrated else DATASHEET
+    return Rates(
+        flops={str(name): rate for name, rate in device.rates.items()},
+        bandwidth=device.bandwidth_bytes_per_second,
+        transfer=device.pcie_bytes_per_second or device.bandwidth_bytes_per_second,
+        launch_seconds=device.launch_seconds or 0.0,
+        basis="measured on this device" if device.calibrated else "datasheet rates",
+        **shares,
+    )
+
+
+def _step(device: Device | None, done: Rehearsal) -> StepPlan | None:
+    rates = rates_of(device) if device is not None else None
+    return None if rates is None else step_time(done.trace, rates, done.repeats, done.tokens)
+
+
+def beside(plan_: MemoryPlan, measured: record.Measurement) -> dict[str, float]:
+    """Signed relative errors of the plan by phase: predicted over measured, less one.
+
+    Allocated bytes where the device has them, live bytes else.
+    """
+    errors: dict[str, float] = {}
+    for name, phase in measured.phases.items():
+        predicted = plan_.phases.get(name)
+        if predicted is None:
+            continue
+        both = (predicted.allocated_bytes, phase.allocated_bytes)
+        if None in both:
+            both = (predicted.live_bytes, phase.live_bytes)
+        if both[0] is not None and both[1]:
+            errors[name] = both[0] / both[1] - 1
+    return errors
+
+
+def with_budget(recipe: Recipe, device_gib: float | None) -> Recipe:
+    """The recipe under another device budget."""
+    if device_gib is None:
+        return recipe
+    budget = dataclasses.replace(recipe.budget, device_gib=device_gib)
+    return dataclasses.replace(recipe, budget=budget)

@@ -1,0 +1,260 @@
+"""A recipe's own run on fake tensors: load, two updates, an evaluation batch, save, resume.
+
+It goes through the functions that the real run goes through (`build.assemble`, the learner, the
+engine, `make_gradients`, the objective's `predict`); only the weights are missing, and the
+micro-batches that repeat others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowres.bridges import accelerate, peft, rehearsal, shorten
+from lowres.core.engine import Engine
+from lowres.core.learner import Learner
+from lowres.core.parts import fold
+from lowres.core.recipe import Recipe
+from lowres.memory.extend import extend
+from lowres.memory.places import following
+from lowres.memory.trace import OUTSIDE, Trace
+from lowres.memory.tracer import Tracer
+from lowres.memory.translate import Target, translating
+from lowres.run import build, portions, scenes
+from lowres.run.gradients import make_gradients, micro_batches
+
+
+@dataclass
+class Rehearsal:
+    """What a recipe would allocate.
+
+    Args:
+        load: Events while the model is loaded and adapted, on the device it is loaded to.
+        trace: Everything after that, on the compute device, at full depth.
+        runs: How the blocks were grouped.
+        trainable: Parameters.
+        saved_bytes: Of all trained parameters.
+        tokens: Real tokens of one update.
+        repeats: Work of all micro-batches of an average update over that of the traced ones.
+        loads_on_device: The weights are made on the compute device, not moved there afterwards.
+        largest_bytes: Of the largest parameter: what the host holds while weights go elsewhere.
+    """
+
+    load: Trace
+    trace: Trace
+    runs: list[shorten.Run]
+    names: tuple[str, ...]
+    trainable: int
+    total: int
+    saved_bytes: int
+    tokens: float
+    repeats: float
+    loads_on_device: bool
+    largest_bytes: int
+
+
+def rehearse(
+    recipe: Recipe,
+    inputs: build.Inputs,
+    target: Target,
+    *,
+    whole: bool = False,
+    quick: bool = False,
+) -> Rehearsal:
+    """Trace a recipe.
+
+    Args:
+        inputs: As `build.read` gives them; only shapes of the data matter.
+        target: The device whose behaviour is traced.
+        whole: Trace every block instead of extending from a few.
+        quick: For a search. Blocks are left out before the method is applied, which must treat
+            alike those that are alike; the first update is as short as can be, and evaluation and
+            resuming are left out.
+
+    Raises:
+        TraceFailed: Where the recipe's code needs data.
+        DoesNotRepeat: Where blocks that are built alike behave differently; ask for the `whole`.
+        InputError: As the run would.
+    """
+    peft.preload()
+    inputs = dataclasses.replace(inputs, config=copy.deepcopy(inputs.config))
+    with (
+        accelerate.alone_on_cpu(recipe.loop) as accelerator,
+        rehearsal.rehearsing(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        return _Stage(recipe, inputs, accelerator, target, whole, quick).play()
+
+
+class _Stage:
+    """One rehearsal while it goes on."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        inputs: build.Inputs,
+        accelerator: Any,
+        target: Target,
+        whole: bool,
+        quick: bool,
+    ) -> None:
+        self.recipe, self.inputs, self.accelerator = recipe, inputs, accelerator
+        self.target, self.whole, self.quick = target, whole, quick
+        self.tracer = Tracer()
+        self.runs: list[shorten.Run] = []
+        self.names: tuple[str, ...] = ()
+
+    def play(self) -> Rehearsal:
+        tracer = self.tracer
+        with tracer:
+            tracer.enter("load")
+            built = build.assemble(
+                self.recipe,
+                self.inputs,
+                load=rehearsal.load_shapes,
+                chosen=self._shorten if self.quick else None,
+                adapted=self._adapted,
+            )
+            module, optimizer = self.accelerator.prepare(built.model, built.optimizer)
+        load = tracer.start_anew()
+        learner = dataclasses.replace(built.learner, module=module)
+        engine = self.recipe.optimizer.engine(self.accelerator, learner, optimizer)
+        engine = fold(engine, self.recipe.levers, "on_engine")
+        tracer.hold(self._weights(learner))
+
+        tokens = repeats = 0.0
+        with self._following(learner), translating(tracer, self.target):
+            for step, phase in enumerate(("first_step", "steady_steps")):
+                tracer.mark(phase)
+                tokens, repeats = self._update(learner, engine, step)
+                self._tell_states(engine)
+            tracer.mark("save")
+            tracer.mark("evaluate")
+            if not self.quick:
+                scenes.evaluate(self.recipe, self.inputs.data, learner, self.accelerator, tracer)
+            tracer.mark("resume")
+            if not self.quick:
+                scenes.resume(learner, engine, tracer, self.target)
+            tracer.mark("end")
+        tracer.close()
+        trace = tracer.trace
+        for run in reversed(self.runs):
+            # From the last run to the first, so that places before it are still those of the trace.
+            start = sum(len(r.kept) for r in self.runs[: self.runs.index(run)])
+            trace = extend(trace, start, run.length - len(run.kept))
+        return Rehearsal(
+            load=load, trace=trace, runs=self.runs, names=self.names,
+            trainable=self.trainable, total=self.total, saved_bytes=self.saved_bytes,
+            tokens=tokens, repeats=repeats,
+            loads_on_device=self.loads_on_device, largest_bytes=self.largest_bytes,
+        )  # fmt: skip
+
+    def _adapted(self, learner: Learner) -> None:
+        """Count what is there, then leave only the blocks that are traced."""
+        parameters = list(learner.base.parameters())
+        self.total = sum(p.numel() for p in parameters)
+        trained = [p for p in parameters if p.requires_grad]
+        self.trainable = sum(p.numel() for p in trained)
+        self.saved_bytes = sum(p.numel() * p.element_size() for p in trained)
+        self.largest_bytes = max(p.numel() for p in parameters) * 2
+        self.loads_on_device = self.target.kind == "cpu"
+        if not self.runs:
+            self._shorten(learner)
+
+    def _shorten(self, learner: Learner) -> None:
+        model, blocks = peft.unwrap_adapted(learner.base), learner.blocks
+        self.names = blocks.names
+        self.runs = shorten.runs_of(model, self.names, blocks.trained, not self.whole)
+        kept = [place for run in self.runs for place in run.kept]
+        if len(kept) < len(self.names):
+            names = shorten.shorten(model, self.names, kept)
+            still = [n for n, place in zip(names, kept, strict=True)
+                     if self.names[place] in blocks.trained]  # fmt: skip
+            learner.blocks = dataclasses.replace(blocks, names=names, trained=frozenset(still))
+
+    def _following(self, learner: Learner) -> contextlib.AbstractContextManager[None]:
+        model = peft.unwrap_adapted(learner.base)
+        blocks = [model.get_submodule(name) for name in learner.blocks.names]
+        return following(self.tracer, learner.base, blocks)
+
+    def _weights(self, learner: Learner) -> Iterator[tuple[torch.Tensor, int, str, str]]:
+        """Parameters and buffers with the block they belong to."""
+        model = peft.unwrap_adapted(learner.base)
+        prefix = next((p for p, m in learner.base.named_modules() if m is model), "")
+        lead = f"{prefix}." if prefix else ""
+        place_of = {lead + name: place for place, name in enumerate(learner.blocks.names)}
+
+        def place(path: str) -> int:
+            found = [p for name, p in place_of.items() if path.startswith(name + ".")]
+            return found[0] if found else OUTSIDE
+
+        for name, parameter in learner.base.named_parameters():
+            kind = (
+                "adapters" if parameter.requires_grad and model is not learner.base else "weights"
+            )
+            yield parameter, place(name), name.rpartition(".")[0], kind
+        for name, buffer in learner.base.named_buffers():
+            yield buffer, place(name), name.rpartition(".")[0], "weights"
+
+    def _update(self, learner: Learner, engine: Engine, step: int) -> tuple[float, float]:
+        recipe, tracer = self.recipe, self.tracer
+        learner.base.train()
+        rows = portions.rows_of(recipe, self.inputs.data, step)
+        with tracer:
+            tracer.enter("forward")
+            recipe.freezing.before_update(learner.base, step)
+            recipe.method.before_update(learner.base, step)
+            with self.target.on_host(tracer):
+                batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
+            only = portions.telling(batches)
+            if self.quick and len(only) > 1:
+                # What the first micro-batch of an update leaves are gradients: they are put there.
+                only = {0} if step == 0 else only - {0}
+                if step > 0:
+                    self._put_gradients(learner)
+            for number in only if self.target.kind == "cuda" else range(len(batches)):
+                for tensor in batches[number].values():
+                    tracer.hold([(tensor, OUTSIDE, "", "batch")])
+                    self._name(tensor, "batch")
+            tracer.costing = step == 1
+            told = scenes.Staged(engine, tracer, self._tell_gradients)
+            _, _, tokens = make_gradients(
+                recipe.objective, learner, told, self.accelerator, batches, 0, only
+            )
+            tracer.enter("optimizer step")
+            engine.update(1.0, recipe.loop.max_grad_norm)
+            tracer.costing = False
+        traced = sum(batches[number]["input_ids"].numel() for number in only)
+        del batches
+        usual, tokens = portions.usual_work(recipe, self.inputs.data)
+        return tokens, usual / traced
+
+    def _put_gradients(self, learner: Learner) -> None:
+        self.tracer.enter("gradients")
+        for parameter in learner.base.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        self._tell_gradients(learner)
+        self.tracer.enter("forward")
+
+    def _tell_gradients(self, learner: Learner) -> None:
+        for parameter in learner.base.parameters():
+            self._name(parameter.grad, "gradients")
+
+    def _tell_states(self, engine: Engine) -> None:
+        for state in engine.optimizer.state.values():
+            for value in state.values():
+                self._name(value, "optimizer states")
+
+    def _name(self, tensor: Any, category: str) -> None:
+        """Tell the category of what an update left behind."""
+        if isinstance(tensor, torch.Tensor):
+            number = self.tracer.number(tensor)
+            if number is not None:
+                self.tracer.trace.births[number].category = category

@@ -1,0 +1,104 @@
+"""Parts of a rehearsal beside the updates: an evaluation batch, resuming, the backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lowres.core.engine import Engine
+from lowres.core.example import Row, collate
+from lowres.core.learner import Learner
+from lowres.core.recipe import Recipe
+from lowres.memory.trace import OUTSIDE
+from lowres.memory.tracer import Tracer
+from lowres.memory.translate import Target
+from lowres.run.data import Data
+
+TRACED_TOKENS = 3
+"""Generated tokens that are traced; the cache of keys and values grows evenly with the others."""
+
+
+class Staged:
+    """An engine that says when the backward pass begins.
+
+    Args:
+        after: Called after each backward pass.
+    """
+
+    def __init__(self, engine: Engine, tracer: Tracer, after: Callable[[Learner], None]) -> None:
+        self._engine, self._tracer, self._after = engine, tracer, after
+        self.learner, self.optimizer = engine.learner, engine.optimizer
+
+    def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
+        self._tracer.enter("backward")
+        self._engine.accumulate(loss_sum, share, last)
+        self._after(self.learner)
+        self._tracer.enter("forward")
+
+    def update(self, lr: float, max_grad_norm: float | None) -> float | None:
+        return self._engine.update(lr, max_grad_norm)
+
+    def discard(self) -> None:
+        self._engine.discard()
+
+
+def evaluate(
+    recipe: Recipe, data: Data, learner: Learner, accelerator: Any, tracer: Tracer
+) -> None:
+    """Predict the longest batch of each split, once for each shape."""
+    learner = dataclasses.replace(learner, module=learner.base)
+    learner.base.eval()
+    side = recipe.objective.padding_side("predict", recipe.task, learner.kind)
+    size = recipe.loop.eval_batch_size or recipe.loop.micro_batch_size
+    seen = set()
+    for _, rows in data.evaluation.values():
+        longest: Sequence[Row] = sorted(rows, key=lambda r: -r.length)[:size]
+        batch = collate(longest, int(learner.tokenizer.pad_token_id), side)
+        shapes = tuple((k, tuple(v.shape)) for k, v in batch.items())
+        if shapes in seen:
+            continue
+        seen.add(shapes)
+        objective, tokens = recipe.objective, getattr(recipe.objective, "max_new_tokens", 0)
+        generates = recipe.task.asks == "answer" and tokens > TRACED_TOKENS
+        if generates:
+            few: Any = {"max_new_tokens": TRACED_TOKENS}
+            objective = dataclasses.replace(objective, **few)
+        first = len(tracer.trace.births)
+        tracer.enter("predict")
+        with tracer, torch.no_grad(), accelerator.autocast():
+            objective.predict(learner, batch, recipe.task)
+        if generates:
+            given = batch["input_ids"].shape[1] if learner.kind == "decoder" else 1
+            _grow_cache(tracer, first, (given + tokens) / (given + TRACED_TOKENS))
+
+
+def _grow_cache(tracer: Tracer, first: int, factor: float) -> None:
+    """Give keys and values that were put together while generating their final length."""
+    trace = tracer.trace
+    grown = {
+        number
+        for number, birth in enumerate(trace.births[first:], start=first)
+        if birth.operation == "aten.cat.default" and birth.place != OUTSIDE
+    }
+    for number in grown:
+        trace.births[number].bytes = round(trace.births[number].bytes * factor)
+    for event, number in enumerate(trace.tensors):
+        if number in grown:
+            sign = 1 if trace.sizes[event] > 0 else -1
+            trace.sizes[event] = sign * trace.births[number].bytes
+
+
+def resume(learner: Learner, engine: Engine, tracer: Tracer, target: Target) -> None:
+    """States read from a checkpoint take the place of none: the run is as after its start."""
+    optimizer = engine.optimizer
+    tracer.enter("resume")
+    with tracer:
+        state = optimizer.state_dict()
+        optimizer.state.clear()
+        with target.on_host(tracer):
+            trained = [torch.empty_like(p) for p in learner.base.parameters() if p.requires_grad]
+        optimizer.load_state_dict(state)
+        del trained, state
