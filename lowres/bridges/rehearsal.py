@@ -6,11 +6,13 @@ Everything here is active only inside `rehearsing()`; a run never sees it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from lowres.bridges import stand_ins
 from lowres.bridges import transformers as bridge
 from lowres.core.errors import InputError
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lowres.core.learner import LoadRequest
+    from lowres.core.learner import Head, LoadRequest
 
 
 @contextlib.contextmanager
@@ -62,11 +64,19 @@ def _apply(
 
 
 def load_shapes(
-    request: LoadRequest, config: Any, pad_id: int, seed: int
+    request: LoadRequest,
+    config: Any,
+    pad_id: int,
+    seed: int,
+    later: list[Callable[[], None]] | None = None,
 ) -> tuple[nn.Module, list[str]]:
     """As `transformers.load_model`, without reading weights.
 
     Call it where new tensors are fake, else it takes the memory of the model.
+
+    Args:
+        later: Takes the function that gives the model its memory, to be called when parts of it
+            have been left out; None does it at once.
     """
     import torch
     import transformers
@@ -75,11 +85,32 @@ def load_shapes(
     if request.head == "classification":
         config.num_labels = request.labels
     torch.manual_seed(seed)
-    with bridge._explained(request.checkpoint), bridge._quiet(), _without_values():
+    stored = getattr(config, "dtype", None)  # from_config writes the type asked for there
+    pretrained = request.init == "pretrained"
+    place = torch.device("meta") if pretrained else contextlib.nullcontext()
+    with bridge._explained(request.checkpoint), bridge._quiet(), place:
         model = auto.from_config(
             config, attn_implementation=request.attention, dtype=getattr(torch, request.dtype),
             trust_remote_code=request.trust_remote_code,
         )  # fmt: skip
+    if pretrained:
+        quantisation = request.options.get("quantization_config")
+        if quantisation is not None:
+            stand_ins.replace_linear(model, quantisation)
+        model.tie_weights()
+        wanted = getattr(torch, request.dtype)
+        stored = stored if isinstance(stored, torch.dtype) else wanted
+        fill = functools.partial(_materialise, model, stored, wanted, quantisation is not None)
+        if later is None:
+            fill()
+        else:
+            later.append(fill)
+        if quantisation is not None:
+            from lowres.bridges import bitsandbytes
+
+            bitsandbytes.settle(model)
+            model.is_loaded_in_4bit = bool(quantisation.load_in_4bit)
+            model.is_loaded_in_8bit = bool(quantisation.load_in_8bit)
     model.config.pad_token_id = pad_id
     model.config.use_cache = False
     names = [name for name, _ in model.named_parameters()]
@@ -87,21 +118,79 @@ def load_shapes(
     return model.eval(), fresh
 
 
-@contextlib.contextmanager
-def _without_values() -> Iterator[None]:
-    """Weights that will be replaced by a checkpoint's need no random values first."""
-    from transformers.initialization import no_init_weights
+def _materialise(
+    model: nn.Module, stored: torch.dtype, wanted: torch.dtype, quantised: bool
+) -> None:
+    """Give parameters and buffers memory, one after the other, as reading a checkpoint does.
 
-    with no_init_weights():
-        yield
+    Args:
+        stored: What the file holds them in; each is converted to `wanted` as it is read.
+        quantised: Pack those of quantised layers, too.
+    """
+    import torch
+    from torch import nn
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        # Integers are real in a trace and may be used as positions, so they need a value.
+        make = torch.empty if tensor.is_floating_point() else torch.zeros
+        return make(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    # What transformers holds in 32 bits although 16 were asked for.
+    wide = getattr(model, "_get_dtype_plan", lambda _: {})(wanted)
+    made: dict[int, nn.Parameter] = {}
+    owners = dict(model.named_modules())
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        path, _, own = name.rpartition(".")
+        dtype = torch.float32 if any(part in name for part in wide) else wanted
+        read = torch.empty(parameter.shape, dtype=stored) if stored != dtype else None
+        value = torch.empty(parameter.shape, dtype=dtype)
+        del read
+        if quantised and stand_ins.is_quantised(owners[path], own):
+            made[id(parameter)] = stand_ins.pack(owners[path], value)
+        else:
+            made[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+        del value
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = real(buffer)
+                real(buffer)  # its value is computed beside it
 
 
 def _fresh(request: LoadRequest, model: Any, names: list[str]) -> list[str]:
-    """What the checkpoint does not hold: only a classification head may be missing."""
+    """What the checkpoint does not hold: of these, only a classification head may be made anew.
+
+    Where the weights are not at hand, all outside of the base model is taken to be missing.
+    """
     if request.head != "classification":
         return []
     inside = model.base_model_prefix + "."
-    return [name for name in names if not name.startswith(inside)]
+    stored = _stored_names(request.checkpoint)
+    if not stored:
+        return [name for name in names if not name.startswith(inside)]
+    return [
+        name
+        for name in names
+        if not {name, name.removeprefix(inside), inside + name} & stored
+        # Files of older versions name the parameters of norms otherwise.
+        and not name.endswith(("LayerNorm.weight", "LayerNorm.bias"))
+    ]
+
+
+def _stored_names(checkpoint: str) -> set[str]:
+    """Names in the safetensors headers of a local checkpoint; nothing where there are none."""
+    from safetensors import safe_open
+
+    found = bridge.resolve(checkpoint)
+    names: set[str] = set()
+    if not found.is_hub:
+        for file in Path(found.location).glob("*.safetensors"):
+            with safe_open(file, framework="numpy") as opened:
+                names |= set(opened.keys())
+    return names
 
 
 def stand_in_tokenizer(vocabulary: int, words: tuple[str, ...], longest: int, typed: bool) -> Any:
@@ -153,3 +242,12 @@ def missing_pad_token(checkpoint: str) -> str | None:
 
     tokenizer = AutoTokenizer.from_pretrained(found.location)
     return None if tokenizer.pad_token is not None else tokenizer.eos_token or tokenizer.unk_token
+
+
+def has_fused_attention(config: Any, head: Head) -> bool:
+    """Whether transformers has the model with torch's fused attention."""
+    import transformers
+
+    auto: Any = getattr(transformers, bridge._AUTO[head])
+    cls = auto._model_mapping[type(config)]
+    return bool(getattr(cls[0] if isinstance(cls, tuple) else cls, "_supports_sdpa", False))

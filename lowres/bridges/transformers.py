@@ -147,7 +147,8 @@ def load_model(
         seed: Of weights that the checkpoint does not hold (a fresh head, or all of them).
 
     Returns:
-        The model in evaluation mode on the CPU, and the names of parameters that were made anew.
+        The model in evaluation mode, on the CPU unless `request.options` say where, and the names
+        of parameters that were made anew.
     """
     import torch
     import transformers
@@ -179,6 +180,10 @@ def load_model(
             fresh = sorted(set(report["missing_keys"]) | {k[0] for k in report["mismatched_keys"]})
     model.config.pad_token_id = pad_id
     model.config.use_cache = False
+    if "quantization_config" in request.options:
+        from lowres.bridges import bitsandbytes
+
+        bitsandbytes.settle(model)
     return model.eval(), fresh
 
 
@@ -234,14 +239,9 @@ def load_tokenizer(
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
         near = tokenizer.eos_token or tokenizer.unk_token
-        raise _pad_problem(
-            "the tokenizer names no padding token; set model.pad_token to a token of its vocabulary"
-            + (
-                f", such as '{near}' (padding is masked by position, so that is safe)"
-                if near
-                else ""
-            )
-        )
+        such = f", such as '{near}' (padding is masked by position: it is safe)" if near else ""
+        problem = "the tokenizer names no padding token; set model.pad_token to a token of its "
+        raise _pad_problem(f"{problem}vocabulary{such}")
     return tokenizer
 
 

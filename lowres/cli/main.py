@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-COMMANDS = ("list", "show", "check", "plan", "run", "report", "bench", "doctor", "schema")
+COMMANDS = ("list", "show", "check", "plan", "fit", "run", "report", "bench", "doctor", "schema")
 
 
 class _Lazy(TyperGroup):

@@ -36,7 +36,7 @@ def command(
     from lowres.core import record as record_module
 
     # A dict keeps order and drops a record that is named twice.
-    files = list(dict.fromkeys(f.resolve() for place in places for f in _files(place)))
+    files = list(dict.fromkeys(f.resolve() for place in places for f in record_files(place)))
     records = [record_module.from_file(f) for f in files]
     if html is not None:
         from lowres.report.page import write_page
@@ -50,7 +50,7 @@ def command(
         typer.echo(f"page: {html}", err=as_json)
 
 
-def _files(place: Path) -> list[Path]:
+def record_files(place: Path) -> list[Path]:
     """The record files of one argument.
 
     Raises:

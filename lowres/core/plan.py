@@ -120,7 +120,7 @@ class Curve:
     """Live bytes over one steady update.
 
     Args:
-        categories: For each, the bytes at each of `marks` points in time.
+        categories: For each, the bytes at each point in time.
         instants: What was going on at each point.
     """
 
@@ -269,3 +269,10 @@ def to_dict(plan: MemoryPlan) -> dict[str, Any]:
     """JSON-ready, for the record."""
     dumped: dict[str, Any] = _ADAPTER.dump_python(plan, mode="json")
     return dumped
+
+
+_FIT = TypeAdapter(Fit)
+
+
+def fit_to_json(fit: Fit) -> str:
+    return _FIT.dump_json(fit, indent=1).decode() + "\n"

@@ -5,6 +5,7 @@ The figures of a file are a datasheet's or assumptions, each with its source bes
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,6 +68,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in _FILES.glob("*.yaml"))
 
 
+@functools.cache
 def load(name: str) -> Device:
     """The card of a file. Case, spaces, dashes, the maker's name, brand and size do not matter.
 

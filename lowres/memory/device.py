@@ -73,6 +73,13 @@ def _generic(name: str, total_bytes: int, capability: tuple[int, int], sms: int)
     )  # fmt: skip
 
 
+def slowest_of_size(total_bytes: int) -> Device | None:
+    """The CUDA card of the catalogue with about that much memory and the least bandwidth."""
+    found = [d for d in map(load, names()) if d.kind == "cuda" and d.rates
+             and abs(d.total_bytes - total_bytes) <= LIKE_ITS_FILE * total_bytes]  # fmt: skip
+    return min(found, key=lambda d: d.bandwidth_bytes_per_second or math.inf, default=None)
+
+
 def card(device: Device, device_gib: float | None = None) -> Card:
     """The device as a plan sees it, with no more than a budget of GiB.
 

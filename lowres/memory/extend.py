@@ -157,6 +157,8 @@ def _append_copy(
         if size > 0:
             of[key] = len(out.births)
             out.births.append(replace(trace.births[of[first, ordinal]], place=place))
+        elif key not in of:
+            raise DoesNotRepeat("a block frees what it made while another was at work")
         out.tensors.append(of[key])
         out.sizes.append(size)
         out.places.append(place)

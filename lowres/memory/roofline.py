@@ -7,12 +7,12 @@ assumptions until `lowres doctor --calibrate` has measured the device; the band 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowres.core.plan import StepPlan
-from lowres.memory.trace import Trace
+from lowres.memory.trace import Cost, Trace
 
 SMALL_FLOPS = 1e9
 """Matrix products below this do not fill a card; they reach a share that grows with their size."""
@@ -62,22 +62,10 @@ def step_time(
     """
     seconds: dict[str, float] = defaultdict(float)
     launches = 0.0
-    for cost in trace.costs:
-        times = repeats if cost.stage in ("forward", "backward") else 1.0
-        name = str(cost.dtype).removeprefix("torch.")
-        rate = rates.flops.get(name) or rates.flops["float32"]
-        moving = cost.bytes / (rates.bandwidth * rates.traffic)
-        computing = 0.0
-        if cost.flops:
-            share = rates.attention if cost.kind == "attention" else rates.products
-            fill = cost.flops / (cost.flops + SMALL_FLOPS)
-            computing = cost.flops / (rate * share * fill)
-        kind = {"products": "matrix products", "attention": "attention"}.get(
-            cost.kind, "memory traffic"
-        )
-        work = max(computing, moving)
-        # The host runs ahead of the device, so a launch costs what the work before does not hide.
-        idle = max(0.0, rates.launch_seconds - work)
+    # Blocks repeat: unlike costs are few.
+    for (cost, stage), count in Counter((c.anywhere(), c.stage) for c in trace.costs).items():
+        times = count * (repeats if stage in ("forward", "backward") else 1.0)
+        kind, work, idle = seconds_of(cost, rates)
         seconds[kind] += times * work
         launches += times * idle
     seconds["launches"] = launches
@@ -93,3 +81,20 @@ def step_time(
         parts=dict(seconds),
         basis=rates.basis,
     )
+
+
+def seconds_of(cost: Cost, rates: Rates) -> tuple[str, float, float]:
+    """The class of an operation, the seconds of its work, and those the device waits for it."""
+    rate = rates.flops.get(str(cost.dtype).removeprefix("torch.")) or rates.flops["float32"]
+    moving = cost.bytes / (rates.bandwidth * rates.traffic)
+    computing = 0.0
+    if cost.flops:
+        share = rates.attention if cost.kind == "attention" else rates.products
+        fill = cost.flops / (cost.flops + SMALL_FLOPS)
+        computing = cost.flops / (rate * share * fill)
+    kind = {"products": "matrix products", "attention": "attention"}.get(
+        cost.kind, "memory traffic"
+    )
+    work = max(computing, moving)
+    # The host runs ahead of the device, so a launch costs what the work before does not hide.
+    return kind, work, max(0.0, rates.launch_seconds - work)

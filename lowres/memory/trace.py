@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,9 +35,15 @@ class Birth:
     category: str = ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class Cost:
-    """Work of one operation: for the step time."""
+    """Work of one operation: for the step time.
+
+    Args:
+        flops: Of arithmetic worth counting, such as matrix products.
+        bytes: Read and written.
+        fixed_bytes: Of these, what is held between steps (weights) and does not grow with tokens.
+    """
 
     place: int
     stage: str
@@ -45,6 +51,11 @@ class Cost:
     dtype: torch.dtype
     flops: int
     bytes: int
+    fixed_bytes: int = 0
+
+    def anywhere(self) -> Cost:
+        """The same work without where and when."""
+        return replace(self, place=OUTSIDE, stage="")
 
 
 @dataclass

@@ -25,13 +25,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 from lowres.core.errors import LowresError
 from lowres.memory.trace import OUTSIDE, Birth, Cost, Trace
 from lowres.memory.values import (
     CHOOSING,
     LARGEST_REAL_ELEMENTS,
+    WITHOUT_OUTLIERS,
     as_positions,
     dimension,
     is_list_of_tensors,
@@ -40,6 +40,7 @@ from lowres.memory.values import (
     stand_in_value,
     too_large,
 )
+from lowres.memory.work import cost_of, handled_bytes
 
 aten = torch.ops.aten
 _KNOWN = {"aten", "prim", "prims", "profiler", "bitsandbytes"}
@@ -147,6 +148,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [x for x in flat if isinstance(x, torch.Tensor)]
         if any(isinstance(t, FakeTensor) for t in tensors):
             return self._run_fake(func, types, args, kwargs)
+        if _on_meta(tensors, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
         if not tensors:
             out = self.fake.__torch_dispatch__(func, types, args, kwargs)
             if any(must_stay_fake(x) for x in tree_leaves(out)):
@@ -165,6 +169,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _run_fake(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             args = (args[0], as_positions(args[1]), *args[2:])
+        if str(func) in WITHOUT_OUTLIERS:
+            with self.fake:
+                return WITHOUT_OUTLIERS[str(func)](*args)
         try:
             out = self.fake.__torch_dispatch__(func, types, args, kwargs)
         except (
@@ -211,14 +218,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(first, torch.Tensor):
             return OUTSIDE
         number = self.number(first)
-        self._latest_place = OUTSIDE if number is None else self.trace.births[number].place
+        if number is not None:
+            self._latest_place = self.trace.births[number].place
         return self._latest_place
 
     def _note(
         self, tensor: torch.Tensor, func: Any, place: int, module: str | None = None,
         category: str = "",
     ) -> None:  # fmt: skip
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -266,25 +274,23 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         trace.places.append(place)
 
     def _cost(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        if not tensors or func.is_view:
-            return
-        packet = func.overloadpacket
-        count = flop_registry.get(packet)
-        flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
-        kind = "traffic"
-        if flops:
-            kind = "attention" if "attention" in func._opname else "products"
-        moved = sum(t.numel() * t.element_size() for t in tensors)
         place = self._place_by(args, None)
-        self.trace.costs.append(Cost(place, self.stage, kind, tensors[0].dtype, flops, moved))
+        cost = cost_of(func, args, kwargs, out, place, self.stage, self._is_fixed)
+        if cost is not None:
+            self.trace.costs.append(cost)
+
+    def _is_fixed(self, tensor: torch.Tensor) -> bool:
+        number = self.number(tensor)
+        return number is not None and bool(self.trace.births[number].category)
 
     def _unknown(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """What an operation takes inside is not seen; as much as it handles is assumed."""
-        handled = sum(
-            t.numel() * t.element_size()
-            for t in tree_leaves((args, kwargs, out))
-            if isinstance(t, torch.Tensor)
-        )
-        unknown = self.trace.unknown
+        unknown, handled = self.trace.unknown, handled_bytes((args, kwargs, out))
         unknown[str(func)] = max(unknown.get(str(func), 0), handled)
+
+
+def _on_meta(tensors: Iterable[torch.Tensor], kwargs: Any) -> bool:
+    """A model that is still to be given memory."""
+    device = kwargs.get("device")
+    asked = device is not None and torch.device(device).type == "meta"
+    return asked or any(t.device.type == "meta" for t in tensors)

@@ -2,11 +2,13 @@
 
 A fake number read as a Python number is 1, a fake truth value False. Positions chosen among n
 (argmax, top-k: routing, greedy decoding) go round n evenly from the middle on, so experts are used
-in balance and no generated token is the first or the last of the vocabulary.
+in balance and no generated token is the first or the last of the vocabulary. No input has outlier
+columns (LLM.int8).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,3 +74,22 @@ def round_robin(fake: torch.Tensor, size: int) -> torch.Tensor:
     with unset_fake_temporarily():
         steps = torch.arange(fake.numel(), dtype=fake.dtype) + size // 2
         return (steps % max(1, size)).view(fake.shape)
+
+
+def _quantised_rows(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with unset_fake_temporarily():
+        columns = torch.empty(0, dtype=torch.int64)
+    rows = x.numel() // x.shape[-1]
+    return torch.empty_like(x, dtype=torch.int8), torch.empty(rows, dtype=torch.float32), columns
+
+
+def _product(x: torch.Tensor, _: Any, weight: torch.Tensor, *__: Any) -> tuple[torch.Tensor, Any]:
+    out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
+    return out, torch.empty(0, dtype=x.dtype)
+
+
+WITHOUT_OUTLIERS: dict[str, Callable[..., Any]] = {
+    "bitsandbytes.int8_vectorwise_quant.default": _quantised_rows,
+    "bitsandbytes.int8_mixed_scaled_mm.default": _product,
+}
+"""Results of operations that would look for outlier columns."""

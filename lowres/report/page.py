@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,6 +13,9 @@ from lowres.core.record import RunRecord
 from lowres.core.units import format_bytes, format_count, format_seconds
 from lowres.report import plots
 from lowres.report.table import comparison, main_scores, part_name
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATE = "page.html.j2"
 
@@ -27,10 +30,14 @@ def write_page(records: Sequence[RunRecord], path: Path) -> None:
     Raises:
         InputError: When the path is no page's name or cannot be written.
     """
+    write_html(render(records), path)
+
+
+def write_html(text: str, path: Path) -> None:
+    """Write a page under a page's name alone; raises as `write_page`."""
     if path.suffix.lower() not in (".html", ".htm"):
         # A slip such as `--html record.json` must not cost the record.
         raise InputError(f"'{path}'", ["is not the name of a page; let it end in .html"])
-    text = render(records)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -39,12 +46,30 @@ def write_page(records: Sequence[RunRecord], path: Path) -> None:
 
 def render(records: Sequence[RunRecord]) -> str:
     """The page as text. Equal records give equal text: it holds no date and no path of its own."""
-    import jinja2
-
     import lowres
 
     assert records, "a page needs a record"
-    environment = jinja2.Environment(
+    header, rows = comparison(records) if len(records) > 1 else ([], [])
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            version=lowres.__version__,
+            colours=plots.COLOURS,
+            kinds=plots.MEMORY_KINDS,
+            header=header,
+            rows=rows,
+            scatters=_scatters(records),
+            sections=[_section(r, f"record-{i}") for i, r in enumerate(records, start=1)],
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """What renders the templates of this folder: text is escaped, None is a dash."""
+    import jinja2
+
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -52,7 +77,7 @@ def render(records: Sequence[RunRecord]) -> str:
         lstrip_blocks=True,
         finalize=lambda value: "-" if value is None else value,
     )
-    environment.filters |= {
+    made.filters |= {
         "size": format_bytes,
         "duration": format_seconds,
         "count": lambda n: "-" if n is None else format_count(n),
@@ -60,16 +85,7 @@ def render(records: Sequence[RunRecord]) -> str:
         "words": lambda name: str(name).replace("_", " "),
         "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
     }
-    header, rows = comparison(records) if len(records) > 1 else ([], [])
-    return environment.get_template(TEMPLATE).render(
-        version=lowres.__version__,
-        colours=plots.COLOURS,
-        kinds=plots.MEMORY_KINDS,
-        header=header,
-        rows=rows,
-        scatters=_scatters(records),
-        sections=[_section(r, f"record-{i}") for i, r in enumerate(records, start=1)],
-    )
+    return made
 
 
 def _section(record: RunRecord, anchor: str) -> dict[str, Any]:

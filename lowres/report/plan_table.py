@@ -159,12 +159,13 @@ def print_fit(fit: Fit) -> None:
         f"{fit.goal}; {fit.seconds:.0f} s"
     )
     keys = list(dict.fromkeys(key for c in fit.candidates for key in c.settings))
-    table = Table("", *keys, "needs", "an update", "tokens/s", "quality", "approximate")
+    table = Table("", *keys, "needs", "fits", "an update", "tokens/s", "quality", "approximate")
     for number, c in enumerate(fit.candidates):
         table.add_row(
             "->" if number == fit.chosen else "",
             *(str(c.settings.get(key, "")) for key in keys),
             format_bytes(c.needed_bytes),
+            "yes" if c.fits else "no",
             format_seconds(c.seconds),
             "-" if c.tokens_per_second is None else f"{c.tokens_per_second:,.0f}",
             "unknown" if c.quality is None else f"{c.quality:.3f}",

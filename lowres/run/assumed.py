@@ -39,6 +39,20 @@ def inputs_for(recipe: Recipe) -> tuple[Inputs, str]:
             return inputs, f"the data: {len(inputs.data.train)} rows, the longest {longest} tokens"
     else:
         reason = f"'{wanted.checkpoint}' has no tokenizer"
+    told = f"assumed: every row has {recipe.loop.max_length} tokens ({reason})"
+    return assumed_inputs(recipe, config), told
+
+
+def assumed_inputs(recipe: Recipe, config: Any = None) -> Inputs:
+    """Inputs of a recipe without its tokenizer and data.
+
+    Args:
+        config: Of the model, where it was read already.
+    """
+    if config is None:
+        wanted = recipe.model
+        config = config_of(wanted.checkpoint, wanted.revision, wanted.trust_remote_code)
+    kind = transformers.kind_of(config)
     words = tuple(getattr(recipe.objective, "words", None) or recipe.task.label_words)
     vocabulary = config.get_text_config().vocab_size
     limit = getattr(config, "max_position_embeddings", None) or 1 << 20
@@ -46,10 +60,8 @@ def inputs_for(recipe: Recipe) -> tuple[Inputs, str]:
     tokenizer = rehearsal.stand_in_tokenizer(vocabulary, words, limit, typed)
     build.stop_at_position_limit(recipe, config, tokenizer, kind)
     encoder = Encoder(tokenizer, kind, recipe.loop.max_length)
-    inputs = Inputs(
-        config, kind, recipe.objective.heads[kind], tokenizer, encoder, _rows(recipe, encoder)
-    )
-    return inputs, f"assumed: every row has {recipe.loop.max_length} tokens ({reason})"
+    head = recipe.objective.heads[kind]
+    return Inputs(config, kind, head, tokenizer, encoder, _rows(recipe, encoder))
 
 
 def config_of(checkpoint: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

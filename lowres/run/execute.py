@@ -16,11 +16,11 @@ from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
-from lowres.memory.live import tensors_of
 from lowres.memory.meter import Meter
 from lowres.run import build, checkpoint, environment, output
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
+from lowres.run.held import held
 from lowres.run.progress import Reporter
 from lowres.run.session import TrainingSession, is_out_of_memory
 
@@ -68,7 +68,7 @@ def execute(
         reporter.say(f"{output.stem(recipe)}: {_plan_line(recipe)}\noutput: {folder}")
         inputs = build.read(recipe)
         record.data = inputs.data.reports
-        planned = foresee(recipe, inputs, accelerator, reporter, force)
+        planned, unplanned = foresee(recipe, inputs, accelerator, reporter, force)
         record.plan = None if planned is None else to_record(planned)
 
         # Libraries are loaded before memory is: whether a method needs PEFT must not show as bytes.
@@ -88,8 +88,8 @@ def execute(
         _describe(reporter, record, meter)
 
         def score(step: int) -> list[Score]:
-            held = lambda: tensors_of(learner.base, engine.optimizer)
-            return evaluate(recipe, learner, inputs.data, accelerator, meter, step, folder, held)
+            alive = lambda: held(learner.base, engine.optimizer)
+            return evaluate(recipe, learner, inputs.data, accelerator, meter, step, folder, alive)
 
         session = TrainingSession(
             recipe=recipe, learner=learner, engine=engine, data=inputs.data,
@@ -99,6 +99,8 @@ def execute(
         if resumed is None:
             for remark in inputs.data.remarks:
                 session.event("data", remark)
+            if unplanned is not None:
+                session.event("plan", unplanned)
             if learner.blocks.head:
                 session.event("head", f"made anew, to be trained: {', '.join(learner.blocks.head)}")
         else:

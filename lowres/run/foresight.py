@@ -20,23 +20,24 @@ from lowres.run.progress import Reporter
 
 def foresee(
     recipe: Recipe, inputs: Inputs, accelerator: Any, reporter: Reporter, force: bool
-) -> MemoryPlan | None:
+) -> tuple[MemoryPlan | None, str | None]:
     """Plan on the main process and stop every process when it does not fit.
 
     Returns:
-        The plan; None on the other processes, and where the recipe cannot be traced, which is said.
+        The plan, None on the other processes; and why there is none, where the recipe cannot be
+        traced.
 
     Raises:
         DoesNotFit: Unless forced.
     """
     told: list[Any] = [None]
-    found = None
+    found = remark = None
     if accelerator.is_main_process:
         device = devices.of_torch(accelerator.device)
         try:
             found = plan(recipe, device, inputs=inputs)
         except TraceFailed as error:
-            reporter.say(f"no plan: {error}")
+            remark = f"no plan: {error}"
         else:
             reporter.say(verdict(found))
             fits = found.fits is not False and found.host_fits is not False
@@ -46,7 +47,7 @@ def foresee(
     (problem,) = accelerate.from_main_process(accelerator, told)
     if problem is not None:
         raise DoesNotFit(problem)
-    return found
+    return found, remark
 
 
 def verdict(found: MemoryPlan) -> str:

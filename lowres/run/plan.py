@@ -201,15 +201,20 @@ def _replay(phases: dict[PlanPhase, PhasePlan], bounds: dict[str, Any], trace: A
 
 def rates_of(device: Device) -> Rates | None:
     """What the planner assumes a device to reach; None where its file knows no rates."""
+    basis = "measured on this device" if device.calibrated else "datasheet rates"
     if not device.rates or not device.bandwidth_bytes_per_second:
-        return None
+        like = devices.slowest_of_size(device.total_bytes)
+        if like is None or device.kind != "cuda":
+            return None
+        device, basis = like, f"datasheet rates of the {like.name}, the slowest of this size"
+    assert device.rates and device.bandwidth_bytes_per_second
     shares: dict[str, Any] = MEASURED if device.calibrated else DATASHEET
     return Rates(
         flops={str(name): rate for name, rate in device.rates.items()},
         bandwidth=device.bandwidth_bytes_per_second,
         transfer=device.pcie_bytes_per_second or device.bandwidth_bytes_per_second,
         launch_seconds=device.launch_seconds or 0.0,
-        basis="measured on this device" if device.calibrated else "datasheet rates",
+        basis=basis,
         **shares,
     )
 

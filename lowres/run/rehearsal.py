@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lowres.bridges import accelerate, peft, rehearsal, shorten
+from lowres.bridges import accelerate, peft, rehearsal, shorten, stand_ins
+from lowres.bridges.bitsandbytes import element_count, quantisation_states
 from lowres.core.engine import Engine
+from lowres.core.example import Batch
 from lowres.core.learner import Learner
 from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
@@ -66,6 +70,7 @@ def rehearse(
     *,
     whole: bool = False,
     quick: bool = False,
+    states_only: bool = False,
 ) -> Rehearsal:
     """Trace a recipe.
 
@@ -74,8 +79,9 @@ def rehearse(
         target: The device whose behaviour is traced.
         whole: Trace every block instead of extending from a few.
         quick: For a search. Blocks are left out before the method is applied, which must treat
-            alike those that are alike; the first update is as short as can be, and evaluation and
-            resuming are left out.
+            alike those that are alike; of the updates only the largest micro-batch is traced, and
+            evaluation and resuming are left out.
+        states_only: With `quick`: not even that; only what the optimizer holds and takes.
 
     Raises:
         TraceFailed: Where the recipe's code needs data.
@@ -83,13 +89,19 @@ def rehearse(
         InputError: As the run would.
     """
     peft.preload()
+    stand_ins.prepare()
     inputs = dataclasses.replace(inputs, config=copy.deepcopy(inputs.config))
     with (
         accelerate.alone_on_cpu(recipe.loop) as accelerator,
         rehearsal.rehearsing(),
         torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
     ):
-        return _Stage(recipe, inputs, accelerator, target, whole, quick).play()
+        # Libraries warn of what they meet only here: fake tensors, and a CPU in place of a GPU.
+        warnings.simplefilter("ignore")
+        stage = _Stage(recipe, inputs, accelerator, target, whole, quick)
+        stage.states_only = states_only
+        return stage.play()
 
 
 class _Stage:
@@ -106,6 +118,8 @@ class _Stage:
     ) -> None:
         self.recipe, self.inputs, self.accelerator = recipe, inputs, accelerator
         self.target, self.whole, self.quick = target, whole, quick
+        self.states_only = False
+        self.later: list[Callable[[], None]] = []
         self.tracer = Tracer()
         self.runs: list[shorten.Run] = []
         self.names: tuple[str, ...] = ()
@@ -117,7 +131,9 @@ class _Stage:
             built = build.assemble(
                 self.recipe,
                 self.inputs,
-                load=rehearsal.load_shapes,
+                load=functools.partial(
+                    rehearsal.load_shapes, later=self.later if self.quick else None
+                ),
                 chosen=self._shorten if self.quick else None,
                 adapted=self._adapted,
             )
@@ -158,12 +174,13 @@ class _Stage:
     def _adapted(self, learner: Learner) -> None:
         """Count what is there, then leave only the blocks that are traced."""
         parameters = list(learner.base.parameters())
-        self.total = sum(p.numel() for p in parameters)
+        self.total = sum(element_count(p) for p in parameters)
         trained = [p for p in parameters if p.requires_grad]
         self.trainable = sum(p.numel() for p in trained)
         self.saved_bytes = sum(p.numel() * p.element_size() for p in trained)
+        quantised = any(True for _ in quantisation_states(learner.base))
         self.largest_bytes = max(p.numel() for p in parameters) * 2
-        self.loads_on_device = self.target.kind == "cpu"
+        self.loads_on_device = self.target.kind == "cpu" or quantised
         if not self.runs:
             self._shorten(learner)
 
@@ -177,6 +194,8 @@ class _Stage:
             still = [n for n, place in zip(names, kept, strict=True)
                      if self.names[place] in blocks.trained]  # fmt: skip
             learner.blocks = dataclasses.replace(blocks, names=names, trained=frozenset(still))
+        for fill in self.later:
+            fill()
 
     def _following(self, learner: Learner) -> contextlib.AbstractContextManager[None]:
         model = peft.unwrap_adapted(learner.base)
@@ -201,6 +220,8 @@ class _Stage:
             yield parameter, place(name), name.rpartition(".")[0], kind
         for name, buffer in learner.base.named_buffers():
             yield buffer, place(name), name.rpartition(".")[0], "weights"
+        for path, tensor in quantisation_states(learner.base):
+            yield tensor, place(path + "."), path, "quantisation state"
 
     def _update(self, learner: Learner, engine: Engine, step: int) -> tuple[float, float]:
         recipe, tracer = self.recipe, self.tracer
@@ -213,27 +234,35 @@ class _Stage:
             with self.target.on_host(tracer):
                 batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
             only = portions.telling(batches)
+            if self.quick and (step == 0 or self.states_only):
+                # What a first update leaves are optimizer states, and that takes only gradients.
+                self._put_gradients(learner)
+                tracer.costing = step == 1
+                tracer.enter("optimizer step")
+                engine.update(1.0, recipe.loop.max_grad_norm)
+                tracer.costing = False
+                return 0.0, 0.0
             if self.quick and len(only) > 1:
-                # What the first micro-batch of an update leaves are gradients: they are put there.
-                only = {0} if step == 0 else only - {0}
-                if step > 0:
-                    self._put_gradients(learner)
-            for number in only if self.target.kind == "cuda" else range(len(batches)):
-                for tensor in batches[number].values():
-                    tracer.hold([(tensor, OUTSIDE, "", "batch")])
-                    self._name(tensor, "batch")
+                # What the first micro-batch of an update leaves are gradients.
+                only -= {0}
+                self._put_gradients(learner)
+            self._hold_batches(batches, only)
+            traced = sum(batches[number]["input_ids"].numel() for number in only)
             tracer.costing = step == 1
             told = scenes.Staged(engine, tracer, self._tell_gradients)
-            _, _, tokens = make_gradients(
-                recipe.objective, learner, told, self.accelerator, batches, 0, only
-            )
+            make_gradients(recipe.objective, learner, told, self.accelerator, batches, 0, only)
+            del batches
             tracer.enter("optimizer step")
             engine.update(1.0, recipe.loop.max_grad_norm)
             tracer.costing = False
-        traced = sum(batches[number]["input_ids"].numel() for number in only)
-        del batches
         usual, tokens = portions.usual_work(recipe, self.inputs.data)
         return tokens, usual / traced
+
+    def _hold_batches(self, batches: Sequence[Batch], only: Iterable[int]) -> None:
+        for number in only if self.target.kind == "cuda" else range(len(batches)):
+            for tensor in batches[number].values():
+                self.tracer.hold([(tensor, OUTSIDE, "", "batch")])
+                self._name(tensor, "batch")
 
     def _put_gradients(self, learner: Learner) -> None:
         self.tracer.enter("gradients")

@@ -72,19 +72,28 @@ def evaluate(
             objective.predict(learner, batch, recipe.task)
         if generates:
             given = batch["input_ids"].shape[1] if learner.kind == "decoder" else 1
-            _grow_cache(tracer, first, (given + tokens) / (given + TRACED_TOKENS))
+            _grow_cache(tracer, first, given, given + tokens)
 
 
-def _grow_cache(tracer: Tracer, first: int, factor: float) -> None:
-    """Give keys and values that were put together while generating their final length."""
+def _grow_cache(tracer: Tracer, first: int, given: int, final: int) -> None:
+    """Give keys and values that were put together while generating their final length.
+
+    Those of an encoder's output do not grow: a tensor does when its block made such tensors of
+    all the traced lengths.
+    """
     trace = tracer.trace
-    grown = {
-        number
-        for number, birth in enumerate(trace.births[first:], start=first)
-        if birth.operation == "aten.cat.default" and birth.place != OUTSIDE
-    }
-    for number in grown:
-        trace.births[number].bytes = round(trace.births[number].bytes * factor)
+    made: dict[int, dict[int, list[int]]] = {}
+    for number, birth in enumerate(trace.births[first:], start=first):
+        if birth.operation == "aten.cat.default" and birth.place != OUTSIDE:
+            made.setdefault(birth.place, {}).setdefault(birth.bytes, []).append(number)
+    grown = set()
+    for sizes in made.values():
+        for unit in [size // given for size in sizes if size % given == 0]:
+            lengths = [unit * (given + step) for step in range(TRACED_TOKENS)]
+            if all(length in sizes for length in lengths):
+                grown |= {number for length in lengths[1:] for number in sizes[length]}
+                for number in (n for length in lengths[1:] for n in sizes[length]):
+                    trace.births[number].bytes = unit * final
     for event, number in enumerate(trace.tensors):
         if number in grown:
             sign = 1 if trace.sizes[event] > 0 else -1

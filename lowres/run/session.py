@@ -22,12 +22,12 @@ from lowres.core.learner import Learner
 from lowres.core.parts import values
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Score, StepTime
-from lowres.memory.live import tensors_of
 from lowres.memory.meter import Meter
 from lowres.run import checkpoint
 from lowres.run.checkpoint import Progress
 from lowres.run.data import Data, Order, updates_of
 from lowres.run.gradients import make_gradients, micro_batches
+from lowres.run.held import held
 from lowres.run.limits import Limits
 from lowres.run.output import Losses
 from lowres.run.progress import Reporter
@@ -183,7 +183,7 @@ class TrainingSession:
 
     def held(self) -> Iterable[torch.Tensor]:
         """The tensors that are alive between updates."""
-        return tensors_of(self.learner.base, self.engine.optimizer)
+        return held(self.learner.base, self.engine.optimizer)
 
     @contextlib.contextmanager
     def _measured(self) -> Iterator[None]:

@@ -24,17 +24,21 @@ def starting_recipe(model: str, task: str | None = None) -> dict[str, Any]:
     Raises:
         InputError: For a model without a configuration, an unknown task, or one that needs fields.
     """
-    kind = transformers.kind_of(assumed.config_of(model))
+    config = assumed.config_of(model)
+    kind = transformers.kind_of(config)
     name = task or _TASKS[kind]
     if name not in registry.names("task"):
         raise InputError("--task", [registry.unknown("task", name)])
     cls: Any = registry.load("task", name)
     assert issubclass(cls, Task)
     fields: dict[str, Any] = {"checkpoint": model, "dtype": "bfloat16"}
+    objective = "classification" if cls.asks == "label" else "next_token"
+    heads = registry.load("objective", objective).heads  # type: ignore[attr-defined]
+    if not rehearsal.has_fused_attention(config, heads[kind]):
+        fields["attention"] = "eager"
     pad_token = rehearsal.missing_pad_token(model)
     if pad_token is not None:
         fields["pad_token"] = pad_token
-    objective = "classification" if cls.asks == "label" else "next_token"
     return {
         "schema": 1,
         "model": fields,

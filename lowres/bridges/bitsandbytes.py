@@ -1,0 +1,262 @@
+"""The only door to bitsandbytes: weights in 4 and 8 bits, optimizer states in 8 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+_logger = logging.getLogger("bitsandbytes")
+_level = _logger.level
+_logger.setLevel(logging.ERROR)  # importing it on a CPU remarks on an optional package
+try:
+    import bitsandbytes as bnb
+    from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
+finally:
+    _logger.setLevel(_level)
+
+if TYPE_CHECKING:
+    from lowres.core.learner import LoadRequest
+
+
+def quantization_config(
+    bits: Literal[4, 8],
+    *,
+    compute_dtype: str,
+    skip: Sequence[str],
+    kind: str = "nf4",
+    double: bool = True,
+    threshold: float = 6.0,
+) -> Any:
+    """The `BitsAndBytesConfig` that `from_pretrained` takes.
+
+    Args:
+        compute_dtype: What 4-bit weights are unpacked to, outside autocast: the model's dtype.
+        skip: Module paths of linear layers that stay as they are.
+        kind: Of 4 bits: `nf4` or `fp4`.
+        double: Whether the scales of 4-bit blocks are themselves held in 8 bits.
+        threshold: Of 8 bits: input features above it are multiplied in 16 bits; 0 for none.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=list(skip)
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+        llm_int8_skip_modules=list(skip),
+    )
+
+
+def load_in(bits: Literal[4, 8], request: LoadRequest, **fields: Any) -> LoadRequest:
+    """The request with the linear layers of the blocks in so many bits, loaded where they will be.
+
+    Args:
+        fields: Further arguments of `quantization_config`.
+    """
+    config = quantization_config(
+        bits, compute_dtype=request.dtype, skip=outside_blocks(request), **fields
+    )
+    options = {"quantization_config": config, "device_map": {"": _home()}}
+    return dataclasses.replace(request, options=request.options | options)
+
+
+def outside_blocks(request: LoadRequest) -> list[str]:
+    """Module paths of the linear layers that lie in no block: poolers, output, classification.
+
+    All of them, because a layer that the checkpoint does not hold would be replaced but never
+    quantised, and fail at its first use (transformers 5.23).
+    """
+    import transformers
+    from transformers.pytorch_utils import Conv1D
+
+    from lowres.bridges import transformers as ours
+    from lowres.bridges.blocks import map_blocks
+
+    config = ours.load_config(request.checkpoint, request.revision, request.trust_remote_code)
+    if request.head == "classification":
+        config.num_labels = request.labels
+    with torch.device("meta"), ours._quiet():
+        skeleton = getattr(transformers, ours._AUTO[request.head]).from_config(
+            config, trust_remote_code=request.trust_remote_code
+        )
+    blocks = tuple(f"{name}." for name in map_blocks(skeleton, [], True, True).names)
+    return [
+        path
+        for path, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not path.startswith(blocks)
+    ]
+
+
+def _home() -> int | str:
+    """The device that the run trains on: quantised weights are best not moved.
+
+    Moving 8-bit weights leaves their scales behind, and the full weights never are on the device
+    all at once when each is quantised there as it arrives.
+    """
+    from accelerate.state import PartialState, is_initialized
+
+    if is_initialized():
+        kind = PartialState().device.type
+    else:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.cuda.current_device() if kind == "cuda" else kind
+
+
+class FrozenLinear4bit(bnb.nn.Linear4bit):
+    """4-bit weights that are multiplied in the type in which `nn.Linear` would multiply.
+
+    bitsandbytes 0.50 leaves that type to autocast inside its operator, where it depends on whether
+    the operator is watched; rounds the bias to `compute_dtype` for good; and on CPUs with
+    AVX512-BF16 repacks the weights at an evaluation into a form that has no gradient.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, bias = _as_linear_takes(x, self.bias)
+        return bnb.matmul_4bit(x, self.weight, self.weight.quant_state, bias=bias)
+
+
+class FrozenLinear8bit(bnb.nn.Linear8bitLt):
+    """8-bit weights for which nothing is kept but the weights themselves.
+
+    bitsandbytes 0.50 keeps each input for a gradient of the weights that is never asked for, and
+    not by `save_for_backward`: recomputing blocks would free none of them.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.state.is_training = self.training
+        if self.weight.CB is not None:
+            self.init_8bit_state()
+        x, bias = _as_linear_takes(x, self.bias)
+        # As bitsandbytes chooses: CPUs have no fast integer product to train with.
+        multiply = _Unpacked if self.training and x.device.type in ("cpu", "xpu") else _Integer
+        # Some shapes and CPUs have integers multiplied as float32, which autocast would round.
+        with torch.autocast(x.device.type, enabled=False):
+            return multiply.apply(x, self.weight, None, bias, self.state)
+
+
+def _as_linear_takes(
+    x: torch.Tensor, bias: nn.Parameter | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Input and bias in autocast's type where it is on, else in the input's."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.to(dtype), None if bias is None else bias.to(dtype)
+
+
+class _Integer(MatMul8bitLt):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        out = MatMul8bitLt.forward(ctx, *arguments)
+        if not ctx.is_empty:
+            ctx.tensors, ctx.tensor_states = (None, None, None), (None, None)
+        return out
+
+
+class _Unpacked(MatMul8bitFp):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        out = MatMul8bitFp.forward(ctx, *arguments)
+        ctx.A = None
+        return out
+
+
+def settle(model: nn.Module) -> None:
+    """Make freshly loaded quantised layers fit to be trained around."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.__class__ = FrozenLinear4bit
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            module.__class__ = FrozenLinear8bit
+            # One line at each use of each layer whose input is not float16.
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def is_quantised(parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds packed 4-bit or 8-bit values, which cannot be trained."""
+    return isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params)
+
+
+def element_count(parameter: nn.Parameter) -> int:
+    """Weights that a parameter stands for; two lie in each byte of a 4-bit one."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def quantisation_state(place: nn.Module | nn.Parameter) -> list[torch.Tensor]:
+    """What is held beside the packed weights of one layer, and is neither parameter nor buffer.
+
+    4 bits: scales, their code book, and of doubly quantised scales the mean, the scales' scales and
+    their code book. 8 bits: one scale an output feature; give the layer, which takes them over from
+    the parameter at its first use. Nothing for anything else.
+    """
+    if isinstance(place, bnb.nn.Linear8bitLt):
+        held = [place.weight.SCB, place.state.SCB]
+    elif isinstance(place, bnb.nn.Int8Params):
+        held = [place.SCB]
+    else:
+        weight = place.weight if isinstance(place, bnb.nn.Linear4bit) else place
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            return []
+        held = [state.absmax, state.code]
+        if state.nested:
+            held += [state.offset, state.state2.absmax, state.state2.code]
+    return [tensor for tensor in held if tensor is not None]
+
+
+def quantisation_states(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Path of the layer and tensor, for all that quantised layers hold beside their weights."""
+    for path, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            yield from ((path, tensor) for tensor in quantisation_state(module))
+
+
+class _BitsByGroup:
+    """Reads `optim_bits` off the parameter group.
+
+    bitsandbytes 0.50 would take exceptions from an object of the whole process, by the position of
+    a parameter: those of one run would hold for the next.
+    """
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        config = super().get_config(gindex, pindex, group)
+        return config | {"optim_bits": group["optim_bits"]}
+
+
+class AdamW8bit(_BitsByGroup, bnb.optim.AdamW8bit):
+    pass
+
+
+class PagedAdamW8bit(_BitsByGroup, bnb.optim.PagedAdamW8bit):
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """As bitsandbytes 0.50, which would put paged states on the device for good."""
+        super().load_state_dict(state_dict, move_to_device=False)
+        for parameter, state in self.state.items():
+            for key in ("state1", "state2"):
+                held = self.get_state_buffer(parameter, dtype=state[key].dtype)
+                state[key] = held.copy_(state[key])
+        self.to_gpu()
+
+
+def optimizer(
+    name: Literal["AdamW8bit", "PagedAdamW8bit"], groups: list[dict[str, Any]], **fields: Any
+) -> torch.optim.Optimizer:
+    """An optimizer with states in 8 bits.
+
+    Args:
+        groups: Parameter groups, each with `optim_bits` 8 or 32.
+        fields: As bitsandbytes names them.
+    """
+    made: torch.optim.Optimizer = {"AdamW8bit": AdamW8bit, "PagedAdamW8bit": PagedAdamW8bit}[name](
+        groups, **fields
+    )
+    return made

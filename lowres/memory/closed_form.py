@@ -1,0 +1,121 @@
+"""Live bytes and step time as functions of rows and length, from one trace.
+
+At a length with a prime factor that no width of a model has, the size of a tensor tells what it
+depends on: what is divisible by the length grows with the tokens, by its square with tokens times
+length, and all else is fixed. So every instant of the step, over the full depth, has the form
+`a + b * tokens + c * tokens * length`, and the peak is the largest of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowres.memory.roofline import Rates, seconds_of
+from lowres.memory.trace import Cost, Trace
+
+PRIME = 13
+"""Divides no width of the usual models; 128 times it is a length that kernels need not round."""
+LENGTHS = (128 * PRIME, 64 * PRIME, 32 * PRIME, 8 * PRIME, PRIME)
+"""Lengths to trace at: the first that the model's positions allow."""
+_FIXED = {"weights", "quantisation state", "adapters", "gradients", "optimizer states"}
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """One recipe at any micro-batch and length.
+
+    Args:
+        instants: Coefficients of the bytes alive after each event, (3, events).
+        work: Unlike costs with how often each occurs: forward and backward of a micro-batch.
+        rest: The same of the optimizer step.
+        length: At which the trace was made, with one row.
+    """
+
+    instants: Floats
+    work: Counter[Cost]
+    rest: Counter[Cost]
+    length: int
+
+    @classmethod
+    def of(cls, trace: Trace, length: int) -> ClosedForm:
+        """From the trace of a quick rehearsal with one row of `length` tokens."""
+        kinds = np.zeros((3, len(trace.births)))
+        for number, birth in enumerate(trace.births):
+            power = 0
+            if birth.category not in _FIXED and birth.bytes % length == 0:
+                power = 2 if birth.bytes % (length * length) == 0 else 1
+            kinds[power, number] = birth.bytes / length**power
+        signs = np.sign(np.array(trace.sizes, dtype=np.float64))
+        instants = np.cumsum(kinds[:, np.array(trace.tensors)] * signs, axis=1)
+        busy = ("forward", "recomputation", "backward")
+        work = Counter(c.anywhere() for c in trace.costs if c.stage in busy)
+        rest = Counter(c.anywhere() for c in trace.costs if c.stage not in busy)
+        return cls(_envelope(instants), work, rest, length)
+
+    def with_optimizer(self, base: Trace, other: Trace) -> ClosedForm:
+        """The same recipe with another optimizer.
+
+        Args:
+            base: The trace that this form is of.
+            other: One of the other optimizer's states and step alone.
+        """
+        shift = _state_bytes(other) - _state_bytes(base)
+        peak = live = 0
+        for size in other.sizes:
+            live += size
+            peak = max(peak, live)
+        moved = self.instants + np.array([[float(shift)], [0.0], [0.0]])
+        step = np.array([[float(peak)], [0.0], [0.0]])
+        rest = Counter(c.anywhere() for c in other.costs)
+        return ClosedForm(np.concatenate([moved, step], axis=1), self.work, rest, self.length)
+
+    def peak_bytes(self, rows: int, length: int) -> int:
+        """Peak of live bytes."""
+        factors = np.array([1.0, rows * length, rows * length * length])
+        return int((factors @ self.instants).max())
+
+    def step_seconds(self, rates: Rates, rows: int, length: int, updates_rows: int) -> float:
+        """Of an update over `updates_rows` rows in micro-batches of `rows`."""
+        grown = rows * length / self.length
+        ratio = length / self.length
+        passes = updates_rows / rows
+        busy = sum(
+            times * sum(seconds_of(_scaled(cost, grown, ratio), rates)[1:])
+            for cost, times in self.work.items()
+        )
+        rest = sum(times * sum(seconds_of(c, rates)[1:]) for c, times in self.rest.items())
+        return passes * busy + rest
+
+
+def _state_bytes(trace: Trace) -> int:
+    return sum(b.bytes for b in trace.births if b.category == "optimizer states")
+
+
+def _scaled(cost: Cost, grown: float, ratio: float) -> Cost:
+    """A cost at another number of tokens; attention's arithmetic also grows with the length."""
+    flops = cost.flops * grown * (ratio if cost.kind == "attention" else 1.0)
+    moved = cost.fixed_bytes + (cost.bytes - cost.fixed_bytes) * grown
+    return Cost(0, "", cost.kind, cost.dtype, int(flops), int(moved), cost.fixed_bytes)
+
+
+def _envelope(instants: Floats) -> Floats:
+    """Only instants that are the highest for some setting can be a peak: drop what is below.
+
+    An instant that is no higher than another one in all three coefficients never is.
+    """
+    order = np.lexsort(instants[::-1])[::-1]
+    kept: list[int] = []
+    best: list[tuple[float, float]] = []
+    for at in order:
+        b, c = instants[1, at], instants[2, at]
+        if any(b <= x and c <= y for x, y in best):
+            continue
+        best = [(x, y) for x, y in best if not (x <= b and y <= c)] + [(b, c)]
+        kept.append(int(at))
+    return instants[:, kept]

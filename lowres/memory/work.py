@@ -1,0 +1,52 @@
+"""The work of one operation: arithmetic and bytes moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lowres.memory.trace import Cost
+
+
+def handled_bytes(arguments: Any) -> int:
+    """Of all tensors that an operation takes and gives."""
+    return sum(_bytes(t) for t in _tensors(arguments))
+
+
+def cost_of(
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    out: Any,
+    place: int,
+    stage: str,
+    is_fixed: Callable[[torch.Tensor], bool],
+) -> Cost | None:
+    """What an ATen operation computes and moves; None for views.
+
+    Args:
+        is_fixed: Whether a tensor is held between steps.
+    """
+    tensors = _tensors((args, kwargs, out))
+    if not tensors or func.is_view:
+        return None
+    count = flop_registry.get(func.overloadpacket)
+    flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
+    kind = "traffic"
+    if flops:
+        kind = "attention" if "attention" in func._opname else "products"
+    fixed = sum(_bytes(t) for t in tensors if is_fixed(t))
+    moved = sum(_bytes(t) for t in tensors)
+    return Cost(place, stage, kind, tensors[0].dtype, flops, moved, fixed)
+
+
+def _tensors(arguments: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,60 @@
+"""What the optimizers share that hold their states in 8 bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from lowres.core.parts import Optimizer, PositiveFloat, part
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+_EMBEDDING = re.compile(r"(^|\.)(shared|wte|wpe|[a-z_]*emb[a-z_]*)\.weight$")
+"""Embedding tables by the names that transformers gives them."""
+
+
+@part
+class BlockwiseAdamw(Optimizer):
+    """AdamW whose two states are held in 8 bits, with a scale for each 256 elements.
+
+    Held in 32 bits: the states of embedding tables (as in the paper's stable embedding layer and in
+    transformers' Trainer: rare tokens make their gradients uneven) and of tensors under 4,096
+    elements (as bitsandbytes does).
+
+    Args:
+        lr: Peak learning rate; the schedule scales it.
+    """
+
+    sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
+    variant: ClassVar[Literal["AdamW8bit", "PagedAdamW8bit"]]
+
+    lr: PositiveFloat
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        from lowres.bridges import bitsandbytes
+
+        groups: dict[tuple[int, float], list[nn.Parameter]] = {}
+        for name, parameter in parameters:
+            bits = 32 if _EMBEDDING.search(name) else 8
+            decay = self.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((bits, decay), []).append(parameter)
+        return bitsandbytes.optimizer(
+            self.variant,
+            [
+                {"params": group, "optim_bits": bits, "weight_decay": decay}
+                for (bits, decay), group in groups.items()
+            ],
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+        )

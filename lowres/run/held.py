@@ -1,0 +1,17 @@
+"""What is alive between the steps of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lowres.bridges.bitsandbytes import quantisation_states
+from lowres.memory.live import tensors_of
+
+
+def held(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Parameters, gradients, buffers, optimizer states, and what quantised layers hold beside."""
+    yield from tensors_of(module, optimizer)
+    for _, tensor in quantisation_states(module):
+        yield tensor
