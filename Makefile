@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow check results format clean
+.PHONY: quickstart test slow check results planning format clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ slow: $(VENV)/installed-test
 
 results: $(VENV)/installed
 	$(BIN)/python benchmarks/make_results.py
+
+# The tables of docs/planning.md, from records.
+planning: $(VENV)/installed
+	$(BIN)/python -m benchmarks.planner.tables
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff format lowres tests benchmarks recipes

@@ -155,7 +155,10 @@ def main() -> None:
             except LowresError as error:
                 print(f"{name}: FAILED: {error}", flush=True)
                 continue
-            place.write_text(records.to_json(record), encoding="utf-8")
+            # The record is published: where its model and texts lay is nobody's concern.
+            text = records.to_json(record).replace(temporary, "temporary")
+            text = text.replace(f"{HERE.parent.parent}/", "")
+            place.write_text(text, encoding="utf-8")
             print(f"{name}: {told(record)}", flush=True)
     for line in refused:
         print(f"refused  {line}")

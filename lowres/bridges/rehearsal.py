@@ -99,7 +99,7 @@ def load_shapes(
             stand_ins.replace_linear(model, quantisation)
         model.tie_weights()
         wanted = getattr(torch, request.dtype)
-        stored = stored if isinstance(stored, torch.dtype) else wanted
+        stored = _stored_dtype(request.checkpoint) or stored or wanted
         fill = functools.partial(_materialise, model, stored, wanted, quantisation is not None)
         if later is None:
             fill()
@@ -182,15 +182,30 @@ def _fresh(request: LoadRequest, model: Any, names: list[str]) -> list[str]:
 
 def _stored_names(checkpoint: str) -> set[str]:
     """Names in the safetensors headers of a local checkpoint; nothing where there are none."""
+    return {name for file in _files(checkpoint) for name in file.keys()}
+
+
+def _stored_dtype(checkpoint: str) -> torch.dtype | None:
+    """What a local checkpoint holds its first matrix in; None where it is not at hand."""
+    import torch
+
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    for file in _files(checkpoint):
+        for name in file.keys():
+            if len(file.get_slice(name).get_shape()) > 1:
+                return kinds.get(file.get_slice(name).get_dtype())
+    return None
+
+
+def _files(checkpoint: str) -> Iterator[Any]:
+    """The opened safetensors files of a local checkpoint."""
     from safetensors import safe_open
 
     found = bridge.resolve(checkpoint)
-    names: set[str] = set()
     if not found.is_hub:
-        for file in Path(found.location).glob("*.safetensors"):
-            with safe_open(file, framework="numpy") as opened:
-                names |= set(opened.keys())
-    return names
+        for path in sorted(Path(found.location).glob("*.safetensors")):
+            with safe_open(path, framework="numpy") as file:
+                yield file
 
 
 def stand_in_tokenizer(vocabulary: int, words: tuple[str, ...], longest: int, typed: bool) -> Any:

@@ -23,15 +23,19 @@ def command(
         Optional[list[Path]], typer.Argument(metavar="[RECIPE]", help="A recipe file.")
     ] = None,
     model: Annotated[
-        Optional[str],
-        typer.Option(help="Plan LoRA for a model instead: hub id, or folder with a config.json."),
+        Optional[list[str]],
+        typer.Option(
+            help="Plan LoRA for a model instead: hub id, or folder with a config.json. Several "
+            "models or cards make a table of models by cards by methods."
+        ),
     ] = None,
     task: Annotated[Optional[str], typer.Option(help="With --model: the task.")] = None,
     gpu: Annotated[
-        Optional[str], typer.Option(metavar="NAME", help="A card, such as rtx-4090, t4 or cpu.")
+        Optional[list[str]],
+        typer.Option(metavar="NAME", help="A card, such as rtx-4090, t4 or cpu."),
     ] = None,
     device_gib: Annotated[
-        Optional[float], typer.Option(help="Memory of the card, or what it may take of it.")
+        Optional[list[float]], typer.Option(help="Memory of the card, or what it may take of it.")
     ] = None,
     overrides: Annotated[
         Optional[list[str]],
@@ -59,8 +63,13 @@ def command(
     from lowres.run.ladder import ladder
     from lowres.run.plan import plan
 
-    read = _read(recipes or [], model, task, overrides or [], device_gib, 2 if diff else 1)
-    device = _device(gpu, device_gib)
+    models, cards, sizes = model or [], gpu or [], device_gib or []
+    if models and max(len(models), len(cards) + len(sizes)) > 1:
+        _matrix(models, cards, sizes, overrides or [], as_json, html)
+        return
+    gib = sizes[0] if sizes else None
+    read = _read(recipes or [], models, task, overrides or [], gib, 2 if diff else 1)
+    device = _device(cards[0] if cards else None, gib)
     plans = [plan(recipe, device, exact=exact) for recipe in read]
     if diff:
         from lowres.report.plan_table import print_difference
@@ -90,7 +99,7 @@ def command(
 
 def _read(
     paths: list[Path],
-    model: str | None,
+    models: list[str],
     task: str | None,
     overrides: list[str],
     device_gib: float | None,
@@ -101,10 +110,10 @@ def _read(
     from lowres.run.plan import with_budget
     from lowres.run.starting import starting_recipe
 
-    if (model is None) == (not paths) or (model is not None and wanted == 2):
+    if bool(models) == bool(paths) or (models and wanted == 2):
         raise InputError("the command", ["give a recipe file or --model M (two files with --diff)"])
-    if model is not None:
-        read = [load_recipe(starting_recipe(model, task), overrides)]
+    if models:
+        read = [load_recipe(starting_recipe(models[0], task), overrides)]
     elif task is not None:
         raise InputError("--task", ["a recipe names its own; --task goes with --model"])
     elif len(paths) != wanted:
@@ -112,6 +121,36 @@ def _read(
     else:
         read = [load_recipe(path, overrides) for path in paths]
     return [with_budget(recipe, device_gib) for recipe in read]
+
+
+def _matrix(
+    models: list[str],
+    gpus: list[str],
+    sizes: list[float],
+    overrides: list[str],
+    as_json: bool,
+    html: Path | None,
+) -> None:
+    from lowres.core.errors import InputError
+    from lowres.core.plan import matrix_to_json
+    from lowres.memory import device
+    from lowres.report.plan_table import print_matrix
+    from lowres.run.matrix import matrix
+
+    cards = [device.load(name) for name in gpus] + [device.generic(size) for size in sizes]
+    if not cards:
+        raise InputError("the command", ["several models want cards: --gpu or --device-gib"])
+    found = matrix(models, cards, overrides)
+    if html is not None:
+        from lowres.report.plan_page import write_plan_page
+
+        write_plan_page(found, html)
+    if as_json:
+        typer.echo(matrix_to_json(found))
+    else:
+        print_matrix(found)
+    if html is not None:
+        typer.echo(f"page: {html}", err=as_json)
 
 
 def _device(gpu: str | None, device_gib: float | None) -> Device | None:

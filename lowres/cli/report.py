@@ -28,6 +28,9 @@ def command(
             metavar="FILE", help="Write one self-contained page; replaces one that is there."
         ),
     ] = None,
+    planner: Annotated[
+        bool, typer.Option("--planner", help="How far plans were from what was measured.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the records as a JSON list.")
     ] = False,
@@ -44,6 +47,10 @@ def command(
         write_page(records, html)
     if as_json:
         typer.echo("[\n" + ",\n".join(record_module.to_json(r).rstrip() for r in records) + "\n]")
+    elif planner:
+        from lowres.report.planner import print_errors
+
+        print_errors(records)
     else:
         _print(records)
     if html is not None:

@@ -276,3 +276,10 @@ _FIT = TypeAdapter(Fit)
 
 def fit_to_json(fit: Fit) -> str:
     return _FIT.dump_json(fit, indent=1).decode() + "\n"
+
+
+_MATRIX = TypeAdapter(Matrix)
+
+
+def matrix_to_json(matrix: Matrix) -> str:
+    return _MATRIX.dump_json(matrix, indent=1).decode() + "\n"

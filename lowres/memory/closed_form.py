@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowres.memory.roofline import Rates, seconds_of
-from lowres.memory.trace import Cost, Trace
+from lowres.memory.trace import LIBRARY, Cost, Trace
 
 PRIME = 13
 """Divides no width of the usual models; 128 times it is a length that kernels need not round."""
@@ -48,7 +48,8 @@ class ClosedForm:
         kinds = np.zeros((3, len(trace.births)))
         for number, birth in enumerate(trace.births):
             power = 0
-            if birth.category not in _FIXED and birth.bytes % length == 0:
+            fixed = birth.category in _FIXED or birth.operation.startswith(LIBRARY)
+            if not fixed and birth.bytes % length == 0:
                 power = 2 if birth.bytes % (length * length) == 0 else 1
             kinds[power, number] = birth.bytes / length**power
         signs = np.sign(np.array(trace.sizes, dtype=np.float64))

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 OUTSIDE = -1
 """Place of what belongs to no block: embeddings, head, loss, lists over all parameters."""
 
+LIBRARY = "cuBLAS workspace"
+"""How the operation of memory begins that a library takes once and keeps."""
+
 
 @dataclass(slots=True)
 class Birth:

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
+from lowres.memory.trace import LIBRARY
 from lowres.memory.tracer import Tracer
 
 aten = torch.ops.aten
@@ -108,7 +109,7 @@ class _Workspaces:
             thread = "backward" if self.tracer.stage == "backward" else "forward"
             if thread not in self._handles:
                 self._handles.add(thread)
-                self.tracer.permanent(self.product_bytes, f"cuBLAS workspace ({thread})")
+                self.tracer.permanent(self.product_bytes, f"{LIBRARY} ({thread})")
         elif func is aten.embedding_dense_backward.default:
             # Indices are sorted with their positions: keys and values, in and out (CUB).
             self.tracer.workspace(4 * 8 * args[1].numel(), "sort of embedding_dense_backward")

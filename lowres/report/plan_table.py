@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from lowres.core.plan import CATEGORIES, PHASES, Change, Curve, Fit, MemoryPlan
+from lowres.core.plan import CATEGORIES, PHASES, Change, Curve, Fit, Matrix, MemoryPlan
 from lowres.core.units import format_bytes, format_count, format_seconds
 from lowres.report.table import console
 
@@ -179,3 +179,21 @@ def print_fit(fit: Fit) -> None:
         print_changes(fit.instead, "What would")
     for note in fit.notes:
         out.print(f"note: {note}")
+
+
+def print_matrix(matrix: Matrix) -> None:
+    """What each model needs with each method, and on which cards that is there."""
+    out = console()
+    cards = list(dict.fromkeys(cell.card for cell in matrix.cells))
+    table = Table("model", "method", *cards)
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for cell in matrix.cells:
+        told = "refused" if cell.problem else f"{'fits' if cell.fits else 'no'}, "
+        told += "" if cell.problem else format_bytes(cell.needed_bytes)
+        rows.setdefault((cell.model, cell.method), {})[cell.card] = told
+    for (model, method), by_card in rows.items():
+        table.add_row(model, method, *(by_card.get(card, "") for card in cards))
+    out.print(matrix.setting)
+    out.print(table)
+    for text in dict.fromkeys(f"{c.model}: {c.problem}" for c in matrix.cells if c.problem):
+        out.print(text)

@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from lowres.bridges.transformers import kind_of
 from lowres.core import record as records
 from lowres.core.errors import InputError, LowresError
 from lowres.core.plan import Candidate, Card, Change, Fit, MemoryPlan
 from lowres.core.reading import load_recipe
+from lowres.core.recipe import Recipe
 from lowres.core.units import GIB
 from lowres.memory import device as devices
 from lowres.memory.catalogue import Device
@@ -66,7 +68,7 @@ def fit(
     card = devices.card(device, device_gib)
     config = assumed.config_of(model)
     blocks = int(config.get_text_config().num_hidden_layers)
-    longest = _longest(config)
+    longest = _longest(config, load_recipe(start))
     found: list[Choice] = []
     notes: list[str] = []
     refused: set[str] = set()
@@ -110,9 +112,12 @@ def fit(
     )
 
 
-def _longest(config: Any) -> int:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(limit or LENGTHS[-1], LENGTHS[-1])
+def _longest(config: Any, recipe: Recipe) -> int:
+    """Tokens of the longest row that the model's positions allow, generated ones left aside."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTHS[-1]
+    length = recipe.loop.max_length
+    generated = recipe.objective.longest(recipe.task, length, kind_of(config)) - length
+    return min(int(limit) - generated, LENGTHS[-1])
 
 
 def _weigh(

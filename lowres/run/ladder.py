@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
+from lowres.core.parts import Part, values
 from lowres.core.plan import Card, Change, MemoryPlan, StepPlan
 from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
@@ -76,7 +77,8 @@ def variants(recipe: Recipe, found: MemoryPlan) -> Iterator[tuple[str, list[str]
     resolved = recipe.resolved()
     for name in registry.names("lever"):
         if name not in present:
-            yield f"lever {name}", [f"levers={json.dumps([*resolved['levers'], {'name': name}])}"]
+            told = ", ".join([*(_short(lever) for lever in recipe.levers), name])
+            yield f"lever {name}", [f"levers=[{told}]"]
     loop = recipe.loop
     if loop.micro_batch_size > 1:
         half = _divisor_below(loop.global_batch_size, loop.micro_batch_size // 2)
@@ -96,6 +98,16 @@ def variants(recipe: Recipe, found: MemoryPlan) -> Iterator[tuple[str, list[str]
     if recipe.freezing.name == "none" and blocks > 1:
         told = json.dumps({"name": "prefix", "frozen": blocks // 2})
         yield f"freeze the lower {blocks // 2} of {blocks} blocks", [f"freezing={told}"]
+
+
+def _short(part: Part) -> str:
+    """A part as `--set` takes it: its name, with the fields that are not as they are by default."""
+    try:
+        usual = values(type(part)())
+    except TypeError:
+        usual = {}
+    changed = {k: v for k, v in values(part).items() if usual.get(k) != v}
+    return json.dumps({"name": part.name, **changed}) if changed else part.name
 
 
 def _divisor_below(whole: int, most: int) -> int:

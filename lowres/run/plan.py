@@ -10,7 +10,6 @@ import psutil
 import torch
 
 from lowres.bridges import rehearsal
-from lowres.core import record
 from lowres.core.errors import InputError
 from lowres.core.plan import Card, MemoryPlan, PhasePlan, PlanPhase, StepPlan
 from lowres.core.recipe import Recipe
@@ -222,24 +221,6 @@ def rates_of(device: Device) -> Rates | None:
 def _step(device: Device | None, done: Rehearsal) -> StepPlan | None:
     rates = rates_of(device) if device is not None else None
     return None if rates is None else step_time(done.trace, rates, done.repeats, done.tokens)
-
-
-def beside(plan_: MemoryPlan, measured: record.Measurement) -> dict[str, float]:
-    """Signed relative errors of the plan by phase: predicted over measured, less one.
-
-    Allocated bytes where the device has them, live bytes else.
-    """
-    errors: dict[str, float] = {}
-    for name, phase in measured.phases.items():
-        predicted = plan_.phases.get(name)
-        if predicted is None:
-            continue
-        both = (predicted.allocated_bytes, phase.allocated_bytes)
-        if None in both:
-            both = (predicted.live_bytes, phase.live_bytes)
-        if both[0] is not None and both[1]:
-            errors[name] = both[0] / both[1] - 1
-    return errors
 
 
 def with_budget(recipe: Recipe, device_gib: float | None) -> Recipe:

@@ -279,6 +279,9 @@ class _Stage:
     def _tell_states(self, engine: Engine) -> None:
         for state in engine.optimizer.state.values():
             for value in state.values():
+                if isinstance(value, torch.Tensor) and self.tracer.number(value) is None:
+                    # Made before the steps, such as the code books of 8-bit states.
+                    self.tracer.hold([(value, OUTSIDE, "", "optimizer states")])
                 self._name(value, "optimizer states")
 
     def _name(self, tensor: Any, category: str) -> None:

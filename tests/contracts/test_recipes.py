@@ -30,6 +30,26 @@ def test_a_recipe_parses_and_survives_being_written_out(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_a_recipe_fits_its_own_budget(path: Path) -> None:
+    """Behaviour: planned for the card or the machine that its budget describes, it fits.
+
+    A model of the hub is planned from its configuration among the data.
+    """
+    from lowres.core.paths import data_folder
+    from lowres.memory import device
+    from lowres.run.plan import plan
+
+    recipe = load_recipe(path)
+    name = recipe.model.checkpoint.rpartition("/")[2]
+    if (data_folder() / "configs" / name / "config.json").is_file():
+        recipe = load_recipe(path, [f"model.checkpoint={data_folder() / 'configs' / name}"])
+    gib = recipe.budget.device_gib
+    found = plan(recipe, device.load("cpu") if gib is None else device.generic(gib))
+    assert found.fits is not False and found.host_fits is not False, found.needed_bytes
+    assert not found.unknown
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
 def test_a_recipe_begins_with_its_schema_and_says_how_to_run_it(path: Path) -> None:
     """Behaviour: editors find the schema, readers the command."""
     lines = path.read_text().splitlines()

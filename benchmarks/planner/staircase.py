@@ -1,0 +1,76 @@
+"""The published memory ladder of torchtune beside plans from configuration alone.
+
+    python -m benchmarks.planner.staircase
+
+Source: README of torchtune (github.com/pytorch/torchtune), peak active memory: Llama 3.2 3B on an
+A100 with rows of 4,096 tokens, and Llama 3.1 8B on an RTX 4090 with rows of 2,048, two rows each.
+Steps that lowres has no lever for are listed and not planned.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lowres.core import paths
+from lowres.core.reading import load_recipe
+from lowres.core.units import GIB
+from lowres.memory import device as devices
+from lowres.run.plan import plan
+from lowres.run.starting import starting_recipe
+
+RECORD = Path(__file__).resolve().parent.parent / "records" / "planner" / "staircase.json"
+FULL = ["method=full"]
+FOREACH = 'optimizer={"name": "adamw", "lr": 2.0e-5, "implementation": "foreach"}'
+LORA = 'method={"name": "lora", "rank": 8, "alpha": 16, "targets": "all-linear"}'
+CHECKPOINTING = "levers=[gradient_checkpointing]"
+PACKED = "levers=[gradient_checkpointing, nf4_weights]"
+ADAMW_8BIT = 'optimizer={"name": "adamw_8bit", "lr": 2.0e-5}'
+
+ROWS: list[tuple[str, str, float, list[str] | None, str]] = [
+    ("3B", "baseline, padded", 25.5, None, "the lengths of its rows are not published"),
+    ("3B", "+ packing", 60.0, [*FULL, FOREACH], "the same: rows of 4,096, nothing else"),
+    ("3B", "+ compile", 51.0, None, "compiled steps are not planned"),
+    ("3B", "+ chunked cross-entropy", 42.9, None, "lowres has no such lever yet"),
+    ("3B", "+ activation checkpointing", 24.9, [*FULL, FOREACH, CHECKPOINTING],
+     "theirs: compiled, and no (tokens x vocabulary) tensor is held"),
+    ("3B", "+ optimizer in backward", 23.1, None, "lowres has no such lever yet"),
+    ("3B", "+ activation offload", 21.8, None, "lowres has no such lever yet"),
+    ("3B", "+ 8-bit AdamW", 17.6, [*FULL, ADAMW_8BIT, CHECKPOINTING],
+     "theirs: compiled, chunked, offloaded, optimizer in backward"),
+    ("3B", "LoRA", 8.5, [LORA, CHECKPOINTING], "theirs: compiled, chunked, offloaded"),
+    ("3B", "QLoRA", 4.6, [LORA, PACKED], "theirs: compiled, chunked, offloaded"),
+    ("8B", "full", 18.9, [*FULL, ADAMW_8BIT, CHECKPOINTING],
+     "theirs: compiled, chunked, optimizer in backward with paged states"),
+    ("8B", "LoRA", 16.2, [LORA, CHECKPOINTING], "theirs: compiled, chunked"),
+    ("8B", "QLoRA", 7.4, [LORA, PACKED], "theirs: compiled, chunked"),
+]  # fmt: skip
+
+
+def main() -> None:
+    out: list[dict[str, Any]] = []
+    for size, name, published, overrides, why in ROWS:
+        row: dict[str, Any] = {"model": size, "row": name, "published_gib": published, "why": why}
+        out.append(row)
+        if overrides is not None:
+            model = "Llama-3.2-3B" if size == "3B" else "Llama-3.1-8B"
+            length = 4096 if size == "3B" else 2048
+            recipe = load_recipe(
+                starting_recipe(str(paths.data_folder() / "configs" / model)),
+                [*overrides, "loop.micro_batch_size=2", "loop.global_batch_size=2",
+                 f"loop.max_length={length}"],
+            )  # fmt: skip
+            found = plan(recipe, devices.load("a100-80gb" if size == "3B" else "rtx-4090"))
+            steady = found.phases["steady_steps"]
+            logits = steady.categories.get("logits", 0)
+            row["planned_gib"] = round((steady.allocated_bytes or 0) / GIB, 2)
+            row["of_it_logits_gib"] = round(logits / GIB, 2)
+            row["tokens_per_second"] = found.step and round(found.step.tokens_per_second)
+        print(row, flush=True)
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    RECORD.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
