@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("LOWRES_DATA", str(ROOT.parent / "shared" / "data"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that spin while they wait make two processes on two cores many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 KINDS = ("decoder", "encoder", "encoder_decoder")
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]

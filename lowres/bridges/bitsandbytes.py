@@ -136,8 +136,8 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
         if self.weight.CB is not None:
             self.init_8bit_state()
         x, bias = _as_linear_takes(x, self.bias)
-        # As bitsandbytes chooses: CPUs have no fast integer product to train with.
-        multiply = _Unpacked if self.training and x.device.type in ("cpu", "xpu") else _Integer
+        unpacks = self.training and not has_integer_products(x.device)
+        multiply = _Unpacked if unpacks else _Integer
         # Some shapes and CPUs have integers multiplied as float32, which autocast would round.
         with torch.autocast(x.device.type, enabled=False):
             return multiply.apply(x, self.weight, None, bias, self.state)
@@ -150,6 +150,11 @@ def _as_linear_takes(
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return x.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def has_integer_products(device: torch.device) -> bool:
+    """Whether bitsandbytes trains with 8-bit products there: CPUs have no fast ones."""
+    return device.type not in ("cpu", "xpu")
 
 
 class _Integer(MatMul8bitLt):

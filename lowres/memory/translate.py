@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
+from lowres.bridges import bitsandbytes
 from lowres.memory.trace import LIBRARY
 from lowres.memory.tracer import Tracer
 
@@ -79,6 +80,7 @@ def translating(tracer: Tracer, target: Target) -> Iterator[None]:
         for owner, names in _AUTOCAST_TO_FLOAT32:
             for name in names:
                 patch(owner, name, _widened(getattr(owner, name)))
+        patch(bitsandbytes, "has_integer_products", lambda _: True)
         # Clipping and optimizers use the list kernels on CUDA unless told otherwise.
         patch(_foreach_utils, "_get_foreach_kernels_supported_devices", devices)
         yield
@@ -110,6 +112,13 @@ class _Workspaces:
             if thread not in self._handles:
                 self._handles.add(thread)
                 self.tracer.permanent(self.product_bytes, f"{LIBRARY} ({thread})")
+        elif func.namespace == "bitsandbytes" and func._opname == "gemm_4bit":
+            # Beyond some rows, by a table of its own for each architecture, the kernel unpacks the
+            # whole matrix first; that is assumed of all, so it is not planned too low.
+            features_out, features_in = args[2]
+            weights = features_out * features_in
+            unpacked = weights * args[0].element_size() + 2 * 4 * (weights // args[4])
+            self.tracer.workspace(unpacked, "unpacked matrix of gemm_4bit")
         elif func is aten.embedding_dense_backward.default:
             # Indices are sorted with their positions: keys and values, in and out (CUB).
             self.tracer.workspace(4 * 8 * args[1].numel(), "sort of embedding_dense_backward")

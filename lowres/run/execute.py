@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lowres.bridges import accelerate, peft, transformers
+from lowres.bridges.bitsandbytes import element_count
 from lowres.core.errors import InputError, Interrupted, LowresError, OutOfMemory, Problem
 from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
@@ -234,7 +235,7 @@ def _plan_line(recipe: Recipe) -> str:
 
 def _count(model: torch.nn.Module) -> Parameters:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Parameters(trainable, sum(p.numel() for p in model.parameters()))
+    return Parameters(trainable, sum(element_count(p) for p in model.parameters()))
 
 
 def _describe(reporter: Reporter, record: RunRecord, meter: Meter) -> None:
