@@ -167,8 +167,8 @@ PARTS = {
 def filled(text: str) -> str:
     """The page with every generated part made anew."""
     for name, make in PARTS.items():
-        pattern = rf"(<!-- generated: {name} -->\n).*?(\n<!-- end -->)"
-        body = make()
+        pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)"
+        body = make() + "\n"
         text, count = re.subn(
             pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL
         )

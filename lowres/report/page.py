@@ -12,7 +12,7 @@ from lowres.core.errors import InputError
 from lowres.core.record import RunRecord
 from lowres.core.units import format_bytes, format_count, format_seconds
 from lowres.report import plots
-from lowres.report.table import comparison, main_scores, part_name
+from lowres.report.table import comparison, main_scores, part_name, planned_bytes
 
 if TYPE_CHECKING:
     import jinja2
@@ -98,6 +98,7 @@ def _section(record: RunRecord, anchor: str) -> dict[str, Any]:
     }
     return {
         "anchor": anchor,
+        "planned": {phase: planned_bytes(record, phase) for phase in record.measured.phases},
         "record": record,
         "checkpoint": model.get("checkpoint") if isinstance(model, dict) else model,
         "part": {f: part_name(record, f) for f in _TOLD},

@@ -23,10 +23,13 @@ def print_record(record: RunRecord) -> None:
     measured = record.measured
     out.print(f"{record.id}: {record.outcome}" + (f" ({record.error})" if record.error else ""))
     _scores(out, record)
-    table = Table("phase", "live tensors", "allocated", "reserved", "process", "resident", "time")
+    table = Table(
+        "phase", "planned", "live tensors", "allocated", "reserved", "process", "resident", "time"
+    )
     for name, m in measured.phases.items():
         table.add_row(
             name.replace("_", " "),
+            format_bytes(planned_bytes(record, name)),
             *(format_bytes(b) for b in (m.live_bytes, m.allocated_bytes, m.reserved_bytes,
                                         m.process_bytes, m.resident_bytes)),
             format_seconds(m.seconds),
@@ -52,6 +55,12 @@ def print_record(record: RunRecord) -> None:
         )
     for event in record.events:
         out.print(f"event after update {event.step}: {event.kind}: {event.text}")
+
+
+def planned_bytes(record: RunRecord, phase: str) -> int | None:
+    """What was planned for a phase: allocated bytes on CUDA, live ones on a CPU."""
+    planned: dict[str, int | None] = (record.plan or {}).get("phases", {}).get(phase, {})
+    return planned.get("allocated_bytes") or planned.get("live_bytes")
 
 
 def print_comparison(records: Sequence[RunRecord]) -> None:

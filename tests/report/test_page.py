@@ -129,7 +129,7 @@ def test_a_page_shows_every_final_score_and_every_phase() -> None:
         assert f"{s.split} {s.metric} {s.value:.4f} ± {s.stderr:.4f} {s.majority:.4f} {s.n}" in text
     assert len(record.measured.phases) == 5
     for phase, memory in record.measured.phases.items():
-        assert f"{phase.replace('_', ' ')} {format_bytes(memory.live_bytes)} - - -" in text
+        assert f"{phase.replace('_', ' ')} - {format_bytes(memory.live_bytes)} - - -" in text
         assert format_bytes(memory.resident_bytes) in text
     for words in ("live bytes", "allocated bytes", "reserved bytes", "resident bytes", "peak, GiB"):
         assert words in text
