@@ -76,10 +76,17 @@ def extend(trace: Trace, start: int, copies: int) -> Trace:
             out.tensors.append(tensor)
             out.sizes.append(trace.sizes[event])
             out.places.append(_moved(trace.places[event], first, copies))
+            if owner == first and place not in (start, first, second):
+                # A list of all blocks' results is let go by somebody else.
+                for copy in range(1, copies + 1):
+                    out.tensors.append(of[first + copy, ordinal])
+                    out.sizes.append(trace.sizes[event])
+                    out.places.append(out.places[-1])
         if place == first:
             number += 1
     if inserted != len(ours):
         raise DoesNotRepeat("something else happens between two neighbours")
+    _stop_at_survivors(out, of, first, copies)
     out.marks += [(name, len(out.tensors)) for name, _ in marks]
     for tensor, birth in enumerate(trace.births):
         out.births[tensor] = replace(birth, place=_moved(birth.place, first, copies))
@@ -87,6 +94,14 @@ def extend(trace: Trace, start: int, copies: int) -> Trace:
     for copy in range(1, copies + 1):
         out.costs += [replace(c, place=first + copy) for c in trace.costs if c.place == first]
     return out
+
+
+def _stop_at_survivors(out: Trace, of: dict[tuple[int, int], int], first: int, copies: int) -> None:
+    """A copy's tensor dies when that of the block it is a copy of does."""
+    dead = {tensor for tensor, size in zip(out.tensors, out.sizes, strict=True) if size < 0}
+    for (place, ordinal), tensor in of.items():
+        if first < place <= first + copies and (tensor in dead) != (of[first, ordinal] in dead):
+            raise DoesNotRepeat("what a block makes is let go in different ways")
 
 
 def _moved(place: int, first: int, copies: int) -> int:
