@@ -91,7 +91,7 @@ def fit(
     if not found:
         raise InputError("the search", [*notes[:3], "no recipe of this model could be planned"])
     wanted = _wanted_length(start, longest, found, notes)
-    chosen, plan_ = _choose(found, device, goal, wanted, notes)
+    chosen, plan_ = _choose(found, device, card, goal, wanted, notes)
     shown = front(found, wanted, goal)
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
@@ -196,7 +196,12 @@ def _wanted_length(
 
 
 def _choose(
-    found: Sequence[Choice], device: Device, goal: Goal, wanted: int, notes: list[str]
+    found: Sequence[Choice],
+    device: Device,
+    card: Card,
+    goal: Goal,
+    wanted: int,
+    notes: list[str],
 ) -> tuple[Choice | None, MemoryPlan | None]:
     """The best by the closed form that the full plan confirms."""
     fitting = [c for c in found if c.candidate.fits]
@@ -207,11 +212,16 @@ def _choose(
             break
         confirmed = plan(_recipe(choice), device)
         choice.candidate.needed_bytes = confirmed.needed_bytes
-        if confirmed.fits is not False and confirmed.host_fits is not False:
+        # A recommendation must hold at the top of the band, too.
+        sure = (
+            confirmed.needed_bytes + confirmed.band_bytes
+            <= card.available_bytes + card.context_bytes
+        )
+        if sure and confirmed.fits is not False and confirmed.host_fits is not False:
             return choice, confirmed
         choice.candidate.fits = False
         told = ", ".join(str(v) for v in choice.candidate.settings.values())
-        notes.append(f"close, but the full plan does not fit: {told}")
+        notes.append(f"too close: planned in full it leaves less than its band: {told}")
     return None, None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from lowres.core.engine import Engine
 from lowres.core.example import Row, collate
@@ -101,13 +102,23 @@ def _grow_cache(tracer: Tracer, first: int, given: int, final: int) -> None:
 
 
 def resume(learner: Learner, engine: Engine, tracer: Tracer, target: Target) -> None:
-    """States read from a checkpoint take the place of none: the run is as after its start."""
+    """States read from a checkpoint take the place of none: the run is as after its start.
+
+    They are read, and copied by optimizers that do, in host memory; what the optimizer holds
+    afterwards is on the device.
+    """
     optimizer = engine.optimizer
     tracer.enter("resume")
     with tracer:
-        state = optimizer.state_dict()
-        optimizer.state.clear()
         with target.on_host(tracer):
+            read = tree_map_only(torch.Tensor, torch.empty_like, optimizer.state_dict())
+            optimizer.state.clear()
             trained = [torch.empty_like(p) for p in learner.base.parameters() if p.requires_grad]
-        optimizer.load_state_dict(state)
-        del trained, state
+            optimizer.load_state_dict(read)
+            del trained, read
+        for parameter, state in optimizer.state.items():
+            number = tracer.number(parameter)
+            place = OUTSIDE if number is None else tracer.trace.births[number].place
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    tracer.hold([(value, place, "", "optimizer states")])
