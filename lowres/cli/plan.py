@@ -80,7 +80,11 @@ def command(
         else:
             print_difference(plans[0], plans[1], (recipes[0].stem, recipes[1].stem))
         return
+    from lowres.report.plan_table import LADDER, print_changes, print_plan
+
     (found,) = plans
+    if not as_json:
+        print_plan(found)  # The answer first: each change takes a rehearsal of its own.
     if changes:
         found.changes = ladder(read[0], device, found)
     if html is not None:
@@ -90,9 +94,7 @@ def command(
     if as_json:
         typer.echo(to_json(found))
     else:
-        from lowres.report.plan_table import print_plan
-
-        print_plan(found)
+        print_changes(found.changes, LADDER)
     if html is not None:
         typer.echo(f"page: {html}", err=as_json)
 

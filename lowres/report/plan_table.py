@@ -12,10 +12,11 @@ from lowres.report.table import console
 
 _BARS = " ▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 72
+LADDER = "What single changes would save and cost"
 
 
 def print_plan(plan: MemoryPlan) -> None:
-    """Verdict, peak by phase and category, one step over time, step time, changes, assumptions."""
+    """Verdict, peak by phase and category, one step over time, step time, assumptions."""
     out = console()
     out.print(verdict(plan))
     out.print(_phase_table(plan))
@@ -40,7 +41,6 @@ def print_plan(plan: MemoryPlan) -> None:
         f"parameters: {format_count(plan.trainable)} trained of {format_count(plan.total)}; "
         f"host memory: {format_bytes(plan.host_needed_bytes)}"
     )
-    print_changes(plan.changes, "What single changes would save and cost")
     out.print(
         f"shapes: {plan.shapes}; depth: {plan.depth}; planned in {plan.planning_seconds:.1f} s"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -224,8 +225,11 @@ def _step(device: Device | None, done: Rehearsal) -> StepPlan | None:
 
 
 def with_budget(recipe: Recipe, device_gib: float | None) -> Recipe:
-    """The recipe under another device budget."""
+    """The recipe under another device budget. Raises InputError where that is no size."""
     if device_gib is None:
         return recipe
+    if not (math.isfinite(device_gib) and device_gib > 0):
+        text = f"{device_gib:g} is no size of a card; give GiB, such as 8"
+        raise InputError("--device-gib", [text])
     budget = dataclasses.replace(recipe.budget, device_gib=device_gib)
     return dataclasses.replace(recipe, budget=budget)

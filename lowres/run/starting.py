@@ -34,6 +34,9 @@ def starting_recipe(model: str, task: str | None = None) -> dict[str, Any]:
     fields: dict[str, Any] = {"checkpoint": model, "dtype": "bfloat16"}
     objective = "classification" if cls.asks == "label" else "next_token"
     heads = registry.load("objective", objective).heads  # type: ignore[attr-defined]
+    if kind not in heads:
+        text = f"'{name}' asks for a text, and '{model}' is a(n) {kind}; choose a task with labels"
+        raise InputError("--task", [text])
     if not rehearsal.has_fused_attention(config, heads[kind]):
         fields["attention"] = "eager"
     pad_token = rehearsal.missing_pad_token(model)

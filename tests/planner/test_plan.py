@@ -14,8 +14,9 @@ from lowres.memory import device as devices
 from lowres.memory.tracer import TraceFailed
 from lowres.memory.translate import Target
 from lowres.run.assumed import inputs_for
-from lowres.run.plan import plan
+from lowres.run.plan import plan, with_budget
 from lowres.run.rehearsal import rehearse
+from lowres.run.starting import starting_recipe
 
 CKPT = {"levers": [{"name": "gradient_checkpointing"}]}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -133,6 +134,14 @@ class TestBadInput:
     def test_budget_below_the_context(self, planned_recipe: Callable[..., Any]) -> None:
         with pytest.raises(InputError, match="context"):
             plan(planned_recipe(budget={"device_gib": 0.1}), devices.generic(0.1))
+
+    def test_budget_that_is_no_size(self, planned_recipe: Callable[..., Any]) -> None:
+        with pytest.raises(InputError, match="such as 8"):
+            with_budget(planned_recipe(), -1.0)
+
+    def test_task_that_the_model_cannot_do(self, checkpoints: dict[str, Any]) -> None:
+        with pytest.raises(InputError, match="task with labels"):
+            starting_recipe(str(checkpoints["encoder"]), "gsm8k")
 
     def test_model_id_while_offline(self, planned_recipe: Callable[..., Any]) -> None:
         with pytest.raises(InputError, match="config.json in a folder"):
