@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from lowres.core.plan import StepPlan
 from lowres.memory.trace import Cost, Trace
 
-SMALL_FLOPS = 1e9
-"""Matrix products below this do not fill a card; they reach a share that grows with their size."""
+FILLING_SECONDS = 1e-5
+"""Matrix products shorter than this do not fill a device; they reach a share that grows with their
+size.
+"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def seconds_of(cost: Cost, rates: Rates) -> tuple[str, float, float]:
     computing = 0.0
     if cost.flops:
         share = rates.attention if cost.kind == "attention" else rates.products
-        fill = cost.flops / (cost.flops + SMALL_FLOPS)
+        fill = cost.flops / (cost.flops + rate * FILLING_SECONDS)
         computing = cost.flops / (rate * share * fill)
     kind = {"products": "matrix products", "attention": "attention"}.get(
         cost.kind, "memory traffic"

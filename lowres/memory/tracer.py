@@ -182,7 +182,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise TraceFailed(
                 f"the operation {func} in {self.modules[-1] if self.modules else 'the step'} has a "
                 f"result that depends on data ({type(error).__name__}), so it cannot be planned; "
-                "run the recipe with --force to try it unplanned"
+                "`lowres run` runs it unplanned"
             ) from error
         if func in CHOOSING:
             size = args[0].shape[dimension(func, args, kwargs)] if args[0].dim() else 1

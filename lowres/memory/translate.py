@@ -48,10 +48,12 @@ class Target:
     Args:
         kind: `cpu` changes nothing.
         workspace_bytes: Of a cuBLAS handle; a training process has two.
+        flash: Whether the device is new enough (Ampere) for flash attention.
     """
 
     kind: Literal["cpu", "cuda"] = "cpu"
     workspace_bytes: int = 8_519_680
+    flash: bool = True
 
     def on_host(self, tracer: Tracer) -> contextlib.AbstractContextManager[None]:
         """For what is made in host memory and does not count on the device."""
@@ -75,7 +77,9 @@ def translating(tracer: Tracer, target: Target) -> Iterator[None]:
         def patch(owner: Any, name: str, function: Callable[..., Any]) -> None:
             stack.enter_context(mock.patch.object(owner, name, function))
 
-        patch(F, "scaled_dot_product_attention", functools.partial(_attention, tracer))
+        patch(
+            F, "scaled_dot_product_attention", functools.partial(_attention, tracer, target.flash)
+        )
         patch(F, "dropout", _dropout)
         for owner, names in _AUTOCAST_TO_FLOAT32:
             for name in names:
@@ -133,6 +137,7 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
 
 def _attention(
     tracer: Tracer,
+    has_flash: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -153,7 +158,16 @@ def _attention(
     if torch.is_autocast_enabled("cpu"):
         wanted = torch.get_autocast_dtype("cpu")
         query, key, value = (t.to(wanted) for t in (query, key, value))
-    flash = attn_mask is None and query.dtype in _SIXTEEN_BITS and query.shape[-1] <= 256
+    flash = (
+        has_flash and attn_mask is None and query.dtype in _SIXTEEN_BITS and query.shape[-1] <= 256
+    )
+    if not flash and enable_gqa and key.shape[1] != query.shape[1]:
+        # The memory-efficient kernel takes no groups; what is left writes the scores out.
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        root = (scale or query.shape[-1] ** -0.5) ** 0.5
+        scores = (query * root) @ (key * root).transpose(-2, -1)
+        return torch.softmax(scores if attn_mask is None else scores + attn_mask, -1) @ value
     bias = None
     if attn_mask is not None:
         bias = attn_mask

@@ -36,12 +36,23 @@ def cost_of(
         return None
     count = flop_registry.get(func.overloadpacket)
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
+    if func.namespace == "bitsandbytes":
+        flops = _packed_product(func._opname, args)
     kind = "traffic"
     if flops:
         kind = "attention" if "attention" in func._opname else "products"
     fixed = sum(_bytes(t) for t in tensors if is_fixed(t))
     moved = sum(_bytes(t) for t in tensors)
     return Cost(place, stage, kind, tensors[0].dtype, flops, moved, fixed)
+
+
+def _packed_product(name: str, args: Any) -> int:
+    """Of a product with a 4-bit or 8-bit matrix; nothing for other operations."""
+    if name == "gemm_4bit":
+        return 2 * int(args[0].numel()) * int(args[2][0])
+    if name == "int8_mixed_scaled_mm":
+        return 2 * int(args[0].numel()) * int(args[2].shape[0])
+    return 0
 
 
 def _tensors(arguments: Any) -> list[torch.Tensor]:

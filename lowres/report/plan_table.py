@@ -61,6 +61,9 @@ def verdict(plan: MemoryPlan) -> str:
         return (
             f"{needs} for tensors on the CPU, {format_bytes(plan.host_needed_bytes)} in all{fits}"
         )
+    if plan.host_fits is False:
+        host = format_bytes(plan.host_needed_bytes)
+        band += f"; the host memory it takes, {host}, is NOT there"
     offers = plan.card.available_bytes + plan.card.context_bytes
     left = offers - plan.needed_bytes
     if plan.fits:

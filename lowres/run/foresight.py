@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from lowres.bridges import accelerate
-from lowres.core.errors import DoesNotFit
+from lowres.core.errors import DoesNotFit, LowresError
 from lowres.core.plan import MemoryPlan, to_dict
 from lowres.core.recipe import Recipe
 from lowres.core.units import format_bytes, format_seconds
@@ -38,15 +38,17 @@ def foresee(
             found = plan(recipe, device, inputs=inputs)
         except TraceFailed as error:
             remark = f"no plan: {error}"
+        except LowresError as error:
+            told[0] = error
         else:
             reporter.say(verdict(found))
             fits = found.fits is not False and found.host_fits is not False
             if not fits and not force:
                 found.changes = ladder(recipe, device, found)
-                told[0] = refusal(found)
+                told[0] = DoesNotFit(refusal(found))
     (problem,) = accelerate.from_main_process(accelerator, told)
     if problem is not None:
-        raise DoesNotFit(problem)
+        raise problem
     return found, remark
 
 

@@ -125,7 +125,7 @@ def target_of(device: Device | None) -> Target:
         return Target("cpu")
     capability = device.compute_capability or (8, 6)
     workspace = device.matmul_workspace_bytes or devices.workspace_bytes(capability)
-    return Target("cuda", workspace)
+    return Target("cuda", workspace, flash=capability >= (8, 0))
 
 
 def _fits(needed_bytes: int, card: Card) -> bool:

@@ -97,6 +97,12 @@ def test_flash_attention_keeps_a_row_of_sums_and_borrows_an_accumulator() -> Non
     assert max(back) < 2 * 8 * 256 * 256 * 2, "no (T, T) matrix"
 
 
+def test_before_ampere_groups_of_heads_are_written_out() -> None:
+    """Behaviour: without flash no fused kernel takes groups, so scores of (T, T) are kept."""
+    tracer = attention(Target("cuda", flash=False))
+    assert births(tracer, "forward").count(2 * 8 * 256 * 256 * 2) >= 2
+
+
 def test_a_mask_becomes_a_bias_of_its_own_in_every_layer() -> None:
     """Closed form: B T T values of the computing type."""
     mask = torch.ones(2, 1, 256, 256, dtype=torch.bool)
