@@ -21,14 +21,15 @@ import torch
 from lowres.bridges import accelerate, peft, rehearsal, shorten, stand_ins
 from lowres.bridges.bitsandbytes import element_count, quantisation_states
 from lowres.core.engine import Engine
+from lowres.core.errors import LowresError
 from lowres.core.example import Batch
 from lowres.core.learner import Learner
 from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
-from lowres.memory.extend import extend
+from lowres.memory.extend import DoesNotRepeat, extend
 from lowres.memory.places import following
 from lowres.memory.trace import OUTSIDE, Trace
-from lowres.memory.tracer import Tracer
+from lowres.memory.tracer import TraceFailed, Tracer
 from lowres.memory.translate import Target, translating
 from lowres.run import build, portions, scenes
 from lowres.run.gradients import make_gradients, micro_batches
@@ -101,7 +102,14 @@ def rehearse(
         warnings.simplefilter("ignore")
         stage = _Stage(recipe, inputs, accelerator, target, whole, quick)
         stage.states_only = states_only
-        return stage.play()
+        try:
+            return stage.play()
+        except (LowresError, DoesNotRepeat):
+            raise
+        except Exception as error:
+            where = stage.tracer.modules[-1:] or [stage.tracer.stage]
+            what = f"{type(error).__name__} in {where[0]}: {error}"
+            raise TraceFailed(f"the recipe's code failed on fake tensors: {what}") from error
 
 
 class _Stage:

@@ -43,6 +43,9 @@ def test_a_recipe_fits_its_own_budget(path: Path) -> None:
     name = recipe.model.checkpoint.rpartition("/")[2]
     if (data_folder() / "configs" / name / "config.json").is_file():
         recipe = load_recipe(path, [f"model.checkpoint={data_folder() / 'configs' / name}"])
+    if recipe.model.checkpoint.startswith("runs/"):
+        # What the stage before leaves there is of the shape of the embedded model.
+        recipe = load_recipe(path, ["model.checkpoint=package:lowres/assets/tiny_lm"])
     gib = recipe.budget.device_gib
     found = plan(recipe, device.load("cpu") if gib is None else device.generic(gib))
     assert found.fits is not False and found.host_fits is not False, found.needed_bytes

@@ -154,12 +154,16 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_no_loss(
 
     The error is raised by the engine at the third micro-batch, as the allocator would.
     """
+    from torch._subclasses.fake_tensor import FakeTensor
+
     from lowres.core.engine import BackPropagation
 
     plain = BackPropagation.accumulate
     calls = []
 
     def failing(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(args[0], FakeTensor):  # the plan before the run goes through here, too
+            return plain(self, *args, **kwargs)
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
