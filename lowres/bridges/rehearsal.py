@@ -227,11 +227,14 @@ def stand_in_tokenizer(vocabulary: int, words: tuple[str, ...], longest: int, ty
     table = {word: i for i, word in enumerate(kept)}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=longest, pad_token="<pad>", bos_token="<s>",
         eos_token="</s>", mask_token="<mask>", unk_token="<unk>",
         model_input_names=["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"],
     )  # fmt: skip
+    # Assumed texts are longer than any row on purpose, which it would warn of.
+    made.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return made
 
 
 def has_tokenizer(checkpoint: str) -> bool:

@@ -59,14 +59,21 @@ def command(
 
     Exit 0 also when it does not fit; 1 when the recipe's code cannot be traced, 2 for wrong input.
     """
+    from lowres.core.errors import InputError
     from lowres.core.plan import to_json
     from lowres.run.ladder import ladder
     from lowres.run.plan import plan
 
     models, cards, sizes = model or [], gpu or [], device_gib or []
-    if models and max(len(models), len(cards) + len(sizes)) > 1:
+    budgeted = len(cards) == len(sizes) == 1  # so much of that card, and not two cards
+    if models and (len(models) > 1 or (len(cards) + len(sizes) > 1 and not budgeted)):
+        _stop_at({"a recipe": recipes, "--task": task, "--exact": exact, "--diff": diff}, "a table")
         _matrix(models, cards, sizes, overrides or [], as_json, html)
         return
+    if len(cards) > 1 or len(sizes) > 1:
+        raise InputError("the command", ["several cards go with --model; a recipe takes one"])
+    if diff:
+        _stop_at({"--html": html}, "--diff")
     gib = sizes[0] if sizes else None
     read = _read(recipes or [], models, task, overrides or [], gib, 2 if diff else 1)
     device = _device(cards[0] if cards else None, gib)
@@ -97,6 +104,15 @@ def command(
         print_changes(found.changes, LADDER)
     if html is not None:
         typer.echo(f"page: {html}", err=as_json)
+
+
+def _stop_at(given: dict[str, object], beside: str) -> None:
+    """Refuse options that would go unheard."""
+    from lowres.core.errors import InputError
+
+    unheard = [name for name, value in given.items() if value]
+    if unheard:
+        raise InputError("the command", [f"{beside} does not go with {', '.join(unheard)}"])
 
 
 def _read(

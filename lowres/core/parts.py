@@ -91,6 +91,7 @@ class Task(Part):
     asks: ClassVar[Asks]
     labels: ClassVar[tuple[str, ...]] = ()
     metric: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
     pattern: ClassVar[str] = "{text}"
     label_words: ClassVar[tuple[str, ...]] = ()
     published_overlap: ClassVar[int] = 0

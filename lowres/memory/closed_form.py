@@ -1,6 +1,6 @@
 """Live bytes and step time as functions of rows and length, from one trace.
 
-At a length with a prime factor that no width of a model has, the size of a tensor tells what it
+At a length with a prime factor that no width of the model has, the size of a tensor tells what it
 depends on: what is divisible by the length grows with the tokens, by its square with tokens times
 length, and all else is fixed. So every instant of the step, over the full depth, has the form
 `a + b * tokens + c * tokens * length`, and the peak is the largest of them.
@@ -9,21 +9,35 @@ length, and all else is fixed. So every instant of the step, over the full depth
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowres.memory.roofline import Rates, seconds_of
+from lowres.memory.roofline import Rates, scaled, seconds_of
 from lowres.memory.trace import LIBRARY, Cost, Trace
 
-PRIME = 13
-"""Divides no width of the usual models; 128 times it is a length that kernels need not round."""
-LENGTHS = (128 * PRIME, 64 * PRIME, 32 * PRIME, 8 * PRIME, PRIME)
-"""Lengths to trace at: the first that the model's positions allow."""
+_PRIMES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
 _FIXED = {"weights", "quantisation state", "adapters", "gradients", "optimizer states"}
 
 Floats = NDArray[np.float64]
+
+
+def probe_lengths(widths: Iterable[int]) -> list[int]:
+    """Lengths to trace at, the best first: 128 times a prime needs no rounding in kernels.
+
+    Args:
+        widths: Every number of the model's configuration; the prime divides none of them.
+
+    Raises:
+        ValueError: Where every prime divides one.
+    """
+    told = [w for w in widths if w > 1]
+    prime = next((p for p in _PRIMES if all(w % p for w in told)), None)
+    if prime is None:
+        raise ValueError(f"every prime of {_PRIMES} divides a width of the model")
+    return [factor * prime for factor in (128, 64, 32, 8, 1)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ class ClosedForm:
         ratio = length / self.length
         passes = updates_rows / rows
         busy = sum(
-            times * sum(seconds_of(_scaled(cost, grown, ratio), rates)[1:])
+            times * sum(seconds_of(scaled(cost, grown, ratio), rates)[1:])
             for cost, times in self.work.items()
         )
         rest = sum(times * sum(seconds_of(c, rates)[1:]) for c, times in self.rest.items())
@@ -96,13 +110,6 @@ class ClosedForm:
 
 def _state_bytes(trace: Trace) -> int:
     return sum(b.bytes for b in trace.births if b.category == "optimizer states")
-
-
-def _scaled(cost: Cost, grown: float, ratio: float) -> Cost:
-    """A cost at another number of tokens; attention's arithmetic also grows with the length."""
-    flops = cost.flops * grown * (ratio if cost.kind == "attention" else 1.0)
-    moved = cost.fixed_bytes + (cost.bytes - cost.fixed_bytes) * grown
-    return Cost(0, "", cost.kind, cost.dtype, int(flops), int(moved), cost.fixed_bytes)
 
 
 def _envelope(instants: Floats) -> Floats:

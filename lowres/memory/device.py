@@ -85,19 +85,20 @@ def card(device: Device, device_gib: float | None = None) -> Card:
 
     Raises InputError where nothing is left for tensors, or the budget is no size.
     """
-    total = device.total_bytes
-    if device_gib is not None:
-        total = min(total, _size(device_gib))
-    kept = device.context_bytes + device.reserved_by_system_bytes
-    if total <= kept:
+    total = device.total_bytes if device_gib is None else min(device.total_bytes, _size(device_gib))
+    # What the system keeps comes out of what a budget below the whole card leaves anyway.
+    offered = min(total, device.total_bytes - device.reserved_by_system_bytes)
+    if offered <= device.context_bytes:
         shown = format_bytes(total) if device_gib is None else f"{device_gib:g} GiB"
+        kept = device.context_bytes + (offered < total) * device.reserved_by_system_bytes
         text = (
             f"{shown} leaves nothing for tensors: on {device.name} the context takes "
             f"{format_bytes(device.context_bytes)} and the system keeps "
             f"{format_bytes(device.reserved_by_system_bytes)}; give more than {kept / GIB:.2f} GiB"
         )
         raise InputError("the budget", [Problem("budget.device_gib", text)])
-    return Card(device.name, device.kind, total, device.context_bytes, total - kept)
+    available = offered - device.context_bytes
+    return Card(device.name, device.kind, total, device.context_bytes, available)
 
 
 def _size(device_gib: float) -> int:

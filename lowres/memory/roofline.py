@@ -51,28 +51,26 @@ MEASURED = {"products": 1.0, "attention": 0.6, "traffic": 1.0, "band": (0.75, 1.
 """Shares of rates that a calibration measured with large products and copies."""
 
 
-def step_time(
-    trace: Trace, rates: Rates, repeats: float, tokens: float, transfers_bytes: int = 0
-) -> StepPlan:
+def step_time(trace: Trace, rates: Rates, passes: float, repeats: float, tokens: float) -> StepPlan:
     """Time of one optimizer update.
 
     Args:
         trace: With the costs of the traced micro-batches and the optimizer step.
-        repeats: Work of all micro-batches of an update over that of the traced ones.
+        passes: Micro-batches of an update over the traced ones: launches and weights read.
+        repeats: Padded tokens of an update over those of the traced micro-batches.
         tokens: Real tokens of an update.
-        transfers_bytes: Between host and device in an update.
     """
     seconds: dict[str, float] = defaultdict(float)
     launches = 0.0
     # Blocks repeat: unlike costs are few.
     for (cost, stage), count in Counter((c.anywhere(), c.stage) for c in trace.costs).items():
-        times = count * (repeats if stage in ("forward", "backward") else 1.0)
+        times = float(count)
+        if stage in ("forward", "backward"):
+            times, cost = count * passes, scaled(cost, repeats / passes)
         kind, work, idle = seconds_of(cost, rates)
         seconds[kind] += times * work
         launches += times * idle
     seconds["launches"] = launches
-    if transfers_bytes:
-        seconds["transfers"] = transfers_bytes / rates.transfer
     total = sum(seconds.values())
     low, high = rates.band
     return StepPlan(
@@ -82,6 +80,20 @@ def step_time(
         tokens_per_second=tokens / total if total else 0.0,
         parts=dict(seconds),
         basis=rates.basis,
+    )
+
+
+def scaled(cost: Cost, grown: float, longer: float = 1.0) -> Cost:
+    """A cost at other sizes.
+
+    Args:
+        grown: Factor on the tokens.
+        longer: Factor on the length of rows, with which attention's arithmetic also grows.
+    """
+    flops = cost.flops * grown * (longer if cost.kind == "attention" else 1.0)
+    moved = cost.fixed_bytes + (cost.bytes - cost.fixed_bytes) * grown
+    return Cost(
+        cost.place, cost.stage, cost.kind, cost.dtype, int(flops), int(moved), cost.fixed_bytes
     )
 
 

@@ -60,6 +60,12 @@ class Cost:
         """The same work without where and when."""
         return replace(self, place=OUTSIDE, stage="")
 
+    def in_float16(self) -> Cost:
+        """The work that was traced in bfloat16 in float16's place, which the CPU lacks."""
+        import torch
+
+        return replace(self, dtype=torch.float16) if self.dtype is torch.bfloat16 else self
+
 
 @dataclass
 class Trace:

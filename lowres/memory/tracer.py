@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
@@ -32,6 +31,7 @@ from lowres.memory.values import (
     CHOOSING,
     LARGEST_REAL_ELEMENTS,
     WITHOUT_OUTLIERS,
+    UncopiedMode,
     as_positions,
     dimension,
     is_list_of_tensors,
@@ -56,7 +56,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = UncopiedMode(allow_non_fake_inputs=True)
         self.trace = Trace()
         self.place = OUTSIDE
         self.stage = ""

@@ -31,7 +31,7 @@ _plain_attention, _plain_dropout = F.scaled_dot_product_attention, F.dropout
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 _AUTOCAST_TO_FLOAT32: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (F, ("softmax", "log_softmax", "layer_norm", "group_norm", "softplus", "mse_loss",
+    (F, ("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "softplus", "mse_loss",
          "smooth_l1_loss", "l1_loss", "kl_div")),
     (torch, ("softmax", "log_softmax", "pow", "rsqrt", "exp", "log", "sum", "cumsum", "prod",
              "norm", "cosh", "sinh", "tan", "acos", "asin", "expm1", "log1p", "reciprocal")),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 LARGEST_REAL_ELEMENTS = 1 << 20
 """Integer tensors above this are fake too: a trace must not need the memory it predicts."""
@@ -23,6 +23,17 @@ CHOOSING = {
     aten.sort.default, aten.sort.stable, aten.argsort.default, aten.multinomial.default,
 }  # fmt: skip
 """Operations whose integer results are positions among the elements of one dimension."""
+
+
+class UncopiedMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """A mode that is not copied with the tensors that refer to it.
+
+    Copying a tensor copies what it refers to, and two copies of a mode's weak references to
+    storages release each of them twice (bitsandbytes copies the states of its optimizers).
+    """
+
+    def __deepcopy__(self, memo: Any) -> UncopiedMode:
+        return self
 
 
 def is_list_of_tensors(x: Any) -> bool:

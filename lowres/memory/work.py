@@ -11,6 +11,10 @@ from torch.utils.flop_counter import flop_registry
 
 from lowres.memory.trace import Cost
 
+_MOVES_NOTHING = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty",
+                  "new_empty_strided", "detach", "alias", "lift_fresh"}  # fmt: skip
+"""Operations that only give memory or another view of it, beside those that say so themselves."""
+
 
 def handled_bytes(arguments: Any) -> int:
     """Of all tensors that an operation takes and gives."""
@@ -26,13 +30,13 @@ def cost_of(
     stage: str,
     is_fixed: Callable[[torch.Tensor], bool],
 ) -> Cost | None:
-    """What an ATen operation computes and moves; None for views.
+    """What an ATen operation computes and moves; None for views and for memory not yet written.
 
     Args:
         is_fixed: Whether a tensor is held between steps.
     """
     tensors = _tensors((args, kwargs, out))
-    if not tensors or func.is_view:
+    if not tensors or func.is_view or func._opname in _MOVES_NOTHING:
         return None
     count = flop_registry.get(func.overloadpacket)
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0

@@ -26,7 +26,9 @@ def print_plan(plan: MemoryPlan) -> None:
         f"the peak: {plan.peak_phase.replace('_', ' ')}, {peak.instant}{where} ({peak.operation})"
     )
     if plan.curve is not None and plan.curve.instants:
-        out.print(f"one update: {sparkline(plan.curve)}  (top: {format_bytes(peak.live_bytes)})")
+        out.print(
+            f"one update: {sparkline(plan.curve)}  (top: {format_bytes(max(_total(plan.curve)))})"
+        )
     if plan.step is not None:
         s = plan.step
         parts = ", ".join(f"{k} {format_seconds(v)}" for k, v in s.parts.items())
@@ -98,13 +100,17 @@ def _phase_table(plan: MemoryPlan) -> Table:
 def sparkline(curve: Curve, width: int = CURVE_WIDTH) -> str:
     """Live bytes over a step in one line of bars."""
     columns = len(curve.instants)
-    total = [sum(values[i] for values in curve.categories.values()) for i in range(columns)]
-    top = max(total)
+    total = _total(curve)
+    most = max(total)
     out = []
     for i in range(min(width, columns)):
         piece = total[i * columns // width : max(1, (i + 1) * columns // width)] or [total[i]]
-        out.append(_BARS[round(max(piece) / top * (len(_BARS) - 1))])
+        out.append(_BARS[round(max(piece) / most * (len(_BARS) - 1))])
     return "".join(out)
+
+
+def _total(curve: Curve) -> list[int]:
+    return [sum(values) for values in zip(*curve.categories.values(), strict=True)]
 
 
 def print_changes(changes: Sequence[Change], title: str) -> None:

@@ -11,27 +11,22 @@ import yaml
 from lowres.bridges.transformers import kind_of
 from lowres.core import record as records
 from lowres.core.errors import InputError, LowresError
-from lowres.core.plan import Candidate, Card, Change, Fit, MemoryPlan
+from lowres.core.plan import Candidate, Card, Fit
 from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
 from lowres.core.units import GIB
 from lowres.memory import device as devices
 from lowres.memory.catalogue import Device
-from lowres.memory.closed_form import LENGTHS as PROBES
-from lowres.memory.closed_form import ClosedForm
+from lowres.memory.closed_form import ClosedForm, probe_lengths
 from lowres.memory.extend import DoesNotRepeat
 from lowres.memory.trace import Trace
 from lowres.run import assumed, planned_quality
+from lowres.run.choosing import choose, in_time, instead, wanted_length
 from lowres.run.combinations import LENGTHS, ROWS, Combination, combinations
-from lowres.run.plan import plan, rates_of, target_of
-from lowres.run.ranking import Choice, Goal, front, needed, rank
+from lowres.run.plan import rates_of, target_of
+from lowres.run.ranking import Choice, Goal, front, needed
 from lowres.run.rehearsal import rehearse
 from lowres.run.starting import starting_recipe
-
-WANTED_LENGTH = 512
-"""Where the data are not at hand: rows of this length are to fit, if any do."""
-TRIES = 6
-"""Candidates that are planned in full before the search gives up on a combination's promise."""
 
 
 def fit(
@@ -69,29 +64,36 @@ def fit(
     config = assumed.config_of(model)
     blocks = int(config.get_text_config().num_hidden_layers)
     longest = _longest(config, load_recipe(start))
+    probe = _probe(config, longest)
     found: list[Choice] = []
     notes: list[str] = []
-    refused: set[str] = set()
+    refused: set[tuple[str, Any]] = set()
     bases: dict[tuple[str, ...], tuple[ClosedForm, Trace]] = {}
     for combination in combinations(start, blocks):
-        parts = (combination.settings["method"], combination.settings["optimizer"])
-        if refused & set(parts):
+        if refused & set(combination.settings.items()):
             continue
         try:
-            found += _weigh(combination, device, card, longest, evidence, bases)
+            found += _weigh(combination, device, card, probe, longest, evidence, bases)
         except InputError as error:
             # Said of the part that cannot be had with this model, and not for each combination.
             where = error.problems[0].where.partition(".")[0]
-            part = parts[1] if where == "optimizer" else parts[0]
-            refused.add(part)
-            notes.append(f"left out: {part}: {error.problems[0].text}")
+            if where in ("model", "task"):
+                raise
+            told = combination.settings.get(where, f"{combination.settings['levers']}")
+            refused.add((where if where in combination.settings else "levers", told))
+            notes.append(f"left out: {told}: {error.problems[0].text}")
         except (LowresError, DoesNotRepeat) as error:
             told = "; ".join(f"{k} {v}" for k, v in combination.settings.items() if v != "none")
             notes.append(f"left out: {told}: {error}")
     if not found:
         raise InputError("the search", [*notes[:3], "no recipe of this model could be planned"])
-    wanted = _wanted_length(start, longest, found, notes)
-    chosen, plan_ = _choose(found, device, card, goal, wanted, notes)
+    training, shapes = assumed.inputs_for(load_recipe(start, [f"loop.max_length={longest}"]))
+    rows = None if shapes.startswith("assumed") else training.data.train
+    wanted = wanted_length(rows, longest, found, notes)
+    pool = [c for c in found if goal == "context" or c.length == wanted]
+    if minutes is not None:
+        pool = in_time(pool, rows, minutes, notes)
+    chosen, plan_ = choose(pool, device, card, goal, notes)
     shown = front(found, wanted, goal)
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
@@ -107,7 +109,7 @@ def fit(
         plan=plan_,
         recipe=None if chosen is None else _text(chosen, model, start["task"]["name"], card),
         seconds=time.monotonic() - started,
-        instead=[] if chosen is not None else list(_instead(found, card, wanted)),
+        instead=[] if chosen is not None else list(instead(found, pool, device, card)),
         notes=notes,
     )
 
@@ -120,10 +122,29 @@ def _longest(config: Any, recipe: Recipe) -> int:
     return min(int(limit) - generated, LENGTHS[-1])
 
 
+def _probe(config: Any, longest: int) -> int:
+    """A length that shares no factor with any number of the configuration, if positions allow."""
+    numbers: list[int] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list | tuple):
+            for item in value:
+                collect(item)
+        elif type(value) is int:
+            numbers.append(value)
+
+    collect(config.to_dict())
+    lengths = probe_lengths(numbers)
+    return next((n for n in lengths if n <= longest - 8), lengths[-1])
+
+
 def _weigh(
     combination: Combination,
     device: Device,
     card: Card,
+    probe: int,
     longest: int,
     evidence: Sequence[records.RunRecord],
     bases: dict[tuple[str, ...], tuple[ClosedForm, Trace]],
@@ -131,10 +152,10 @@ def _weigh(
     """All sizes of one combination from one trace.
 
     Args:
+        probe: Length to trace at.
         bases: Forms made so far, by everything but the optimizer, of which another one changes only
             the states and the step.
     """
-    probe = next((n for n in PROBES if n <= longest - 8), PROBES[-1])
     sized = load_recipe(combination.raw, [f"loop.max_length={probe}", "loop.micro_batch_size=1"])
     inputs = assumed.assumed_inputs(sized)
     told = combination.settings
@@ -176,62 +197,6 @@ def _weigh(
             )
 
 
-def _wanted_length(
-    start: dict[str, Any], longest: int, found: Sequence[Choice], notes: list[str]
-) -> int:
-    """The shortest length that loses no row, or the longest below it that fits at all."""
-    recipe = load_recipe(start, [f"loop.max_length={longest}"])
-    inputs, shapes = assumed.inputs_for(recipe)
-    wanted = min(WANTED_LENGTH, longest)
-    if not shapes.startswith("assumed"):
-        wanted = max(row.length for row in inputs.data.train)
-    wanted = next((n for n in LENGTHS if n >= wanted), longest)
-    fitting = sorted({c.length for c in found if c.candidate.fits and c.length <= wanted})
-    if fitting and fitting[-1] < wanted:
-        notes.append(
-            f"rows of {wanted} tokens fit with nothing; the longest that do: {fitting[-1]}"
-        )
-        return fitting[-1]
-    return min(wanted, max(c.length for c in found))
-
-
-def _choose(
-    found: Sequence[Choice],
-    device: Device,
-    card: Card,
-    goal: Goal,
-    wanted: int,
-    notes: list[str],
-) -> tuple[Choice | None, MemoryPlan | None]:
-    """The best by the closed form that the full plan confirms."""
-    fitting = [c for c in found if c.candidate.fits]
-    if goal != "context":
-        fitting = [c for c in fitting if c.length == wanted]
-    for tried, choice in enumerate(sorted(fitting, key=lambda c: rank(c, goal))):
-        if tried == TRIES:
-            break
-        confirmed = plan(_recipe(choice), device)
-        choice.candidate.needed_bytes = confirmed.needed_bytes
-        # A recommendation must hold at the top of the band, too.
-        sure = (
-            confirmed.needed_bytes + confirmed.band_bytes
-            <= card.available_bytes + card.context_bytes
-        )
-        if sure and confirmed.fits is not False and confirmed.host_fits is not False:
-            return choice, confirmed
-        choice.candidate.fits = False
-        told = ", ".join(str(v) for v in choice.candidate.settings.values())
-        notes.append(f"too close: planned in full it leaves less than its band: {told}")
-    return None, None
-
-
-def _recipe(choice: Choice) -> Any:
-    return load_recipe(
-        choice.combination.raw,
-        [f"loop.max_length={choice.length}", f"loop.micro_batch_size={choice.rows}"],
-    )
-
-
 def _text(choice: Choice, model: str, task: str, card: Card) -> str:
     """The recipe as a file, with what chose it."""
     resolved = choice.combination.raw | {
@@ -243,25 +208,3 @@ def _text(choice: Choice, model: str, task: str, card: Card) -> str:
         f"# Planned to need {choice.candidate.needed_bytes / GIB:.2f} GiB of device memory.\n"
     )
     return head + yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-
-
-def _instead(found: Sequence[Choice], card: Card, wanted: int) -> Iterator[Change]:
-    """What would fit where nothing does: a shorter row, a larger card, a smaller model."""
-    least = min(found, key=lambda c: c.candidate.needed_bytes)
-    needs = least.candidate.needed_bytes
-    told = ", ".join(f"{v}" for v in least.candidate.settings.values())
-    yield Change(
-        f"a card with {needs / GIB:.1f} GiB or more for lowres ({told})", [], needed_bytes=needs
-    )
-    at = [c for c in found if c.length == wanted]
-    if at:
-        there = min(at, key=lambda c: c.candidate.needed_bytes).candidate.needed_bytes
-        yield Change(
-            f"for rows of {wanted} tokens a card with {there / GIB:.1f} GiB", [],
-            needed_bytes=there,
-        )  # fmt: skip
-    share = card.available_bytes / max(1, needs - card.context_bytes)
-    yield Change(
-        f"a model of at most {share:.0%} of this one's size, with the same choices", [],
-        needed_bytes=card.available_bytes + card.context_bytes,
-    )  # fmt: skip

@@ -35,7 +35,8 @@ def foresee(
     if accelerator.is_main_process:
         device = devices.of_torch(accelerator.device)
         try:
-            found = plan(recipe, device, inputs=inputs)
+            processes = accelerator.num_processes
+            found = plan(recipe, device, inputs=inputs, processes=processes)
         except TraceFailed as error:
             remark = f"no plan: {error}"
         except LowresError as error:

@@ -15,10 +15,11 @@ from lowres.core.recipe import Recipe
 from lowres.memory.allocator import smallest_capacity
 from lowres.memory.catalogue import Device
 from lowres.memory.extend import DoesNotRepeat
-from lowres.memory.roofline import step_time
 from lowres.run import plan as planning
 from lowres.run.assumed import inputs_for
 from lowres.run.rehearsal import Rehearsal, rehearse
+
+_STEPS = ("first_step", "steady_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,27 +41,67 @@ def ladder(recipe: Recipe, device: Device | None, found: MemoryPlan) -> list[Cha
         last what cannot be had, with the reason.
     """
     device, card = planning.choose_card(recipe, device)
-    base = weigh(recipe, device, card)
+    scale = _Scale(device, card, found, weigh(recipe, device, card))
     changes = []
     for name, overrides in variants(recipe, found):
         change = Change(name, overrides)
         changes.append(change)
         try:
             changed = load_recipe(recipe.resolved(), overrides)
-            there = weigh(changed, device, card)
+            scale.put(change, changed)
         except InputError as error:
             change.problem = "; ".join(p.text for p in error.problems)
             continue
         except LowresError as error:
             change.problem = str(error)
-            continue
-        change.saved_bytes = base.needed_bytes - there.needed_bytes
-        change.needed_bytes = found.needed_bytes - change.saved_bytes
-        if card is not None and card.kind != "cpu":
-            change.fits = change.needed_bytes - card.context_bytes <= card.available_bytes
-        if base.step is not None and there.step is not None:
-            change.step_ratio = there.step.seconds / base.step.seconds
     return sorted(changes, key=_order)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scale:
+    """Weighs changes to a recipe whose plan is `found` and whose quick rehearsal gave `base`."""
+
+    device: Device | None
+    card: Card | None
+    found: MemoryPlan
+    base: Weighed
+
+    def put(self, change: Change, changed: Recipe) -> None:
+        """Fill in what the change would do."""
+        there = weigh(changed, self.device, self.card)
+        if self.base.step is not None and there.step is not None:
+            change.step_ratio = there.step.seconds / self.base.step.seconds
+        saved = self.base.needed_bytes - there.needed_bytes
+        self._tell(change, changed, saved, self.found.host_needed_bytes)
+        if self._doubtful(change):
+            full = planning.plan(changed, self.device)
+            saved = self.found.needed_bytes - full.needed_bytes
+            self._tell(change, changed, saved, full.host_needed_bytes)
+
+    def _tell(self, change: Change, changed: Recipe, saved: int, host: int) -> None:
+        change.saved_bytes, change.needed_bytes = saved, self.found.needed_bytes - saved
+        if self.card is None:
+            return
+        if self.card.kind == "cpu":
+            host = self.found.host_needed_bytes - saved
+        there = planning.host_fits(changed, host, self.device) is not False
+        change.fits = there and (
+            self.card.kind == "cpu" or planning.device_fits(change.needed_bytes, self.card)
+        )
+
+    def _doubtful(self, change: Change) -> bool:
+        """The quick rehearsal sees the steps alone, and a promise to fit must be kept."""
+        assert change.needed_bytes is not None
+        found = self.found
+        context = self.card.context_bytes if self.card is not None else 0
+        elsewhere = max(p.allocated_bytes or p.live_bytes
+                        for name, p in found.phases.items() if name not in _STEPS)  # fmt: skip
+        refused = found.fits is False or found.host_fits is False
+        return (
+            found.peak_phase not in _STEPS
+            or change.needed_bytes <= elsewhere + context
+            or (refused and (change.fits is True or found.fits is not False))
+        )
 
 
 def _order(change: Change) -> tuple[bool, bool, float]:
@@ -122,9 +163,7 @@ def weigh(recipe: Recipe, device: Device | None, card: Card | None) -> Weighed:
         done = rehearse(recipe, inputs, target, quick=True)
     except DoesNotRepeat:
         done = rehearse(recipe, inputs, target, quick=True, whole=True)
-    rates = planning.rates_of(device) if device is not None else None
-    step = None if rates is None else step_time(done.trace, rates, done.repeats, done.tokens)
-    return Weighed(_needed(done, card, target.kind == "cpu"), step)
+    return Weighed(_needed(done, card, target.kind == "cpu"), planning.step_of(device, done))
 
 
 def _needed(done: Rehearsal, card: Card | None, on_cpu: bool) -> int:

@@ -33,6 +33,7 @@ def plan(
     *,
     exact: bool = False,
     inputs: Inputs | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Plan a recipe from its configuration alone; reads no weights and needs no GPU.
 
@@ -41,6 +42,7 @@ def plan(
             machine. `memory.device` finds cards by name and size.
         exact: Trace every block instead of extending from four of a kind.
         inputs: Of `build.read`, where they were read already.
+        processes: That share each update; the plan is of one of them.
 
     Returns:
         The plan. Where it fits no card is told by `fits`, not by an error.
@@ -61,10 +63,10 @@ def plan(
     target = target_of(device)
     notes: list[str] = []
     try:
-        done = rehearse(recipe, inputs, target, whole=exact)
+        done = rehearse(recipe, inputs, target, whole=exact, processes=processes)
     except DoesNotRepeat as why:
         notes.append(f"the whole depth was traced: {why}")
-        done, exact = rehearse(recipe, inputs, target, whole=True), True
+        done, exact = rehearse(recipe, inputs, target, whole=True, processes=processes), True
     vocabulary = int(inputs.config.get_text_config().vocab_size)
     summary = Summary(done.trace, done.names, vocabulary)
     phases = _phases(done, summary, target, vocabulary)
@@ -72,10 +74,11 @@ def plan(
     unknown = {**done.load.unknown, **done.trace.unknown}
     needed_bytes = phases[peak_phase].live_bytes
     if target.kind == "cuda":
-        needed_bytes = max(
-            smallest_capacity(done.trace.tensors, done.trace.sizes),
-            phases["load"].reserved_bytes or 0,
-        ) + (card.context_bytes if card else 0)
+        needed_bytes = smallest_capacity(done.trace.tensors, done.trace.sizes)
+        if done.loads_on_device:
+            loading = smallest_capacity(done.load.tensors, done.load.sizes)
+            needed_bytes = max(needed_bytes, loading)
+        needed_bytes += card.context_bytes if card else 0
     host_bytes = resident_bytes + max(p.host_bytes for p in phases.values())
     if target.kind == "cpu":
         host_bytes = resident_bytes + phases[peak_phase].live_bytes
@@ -86,12 +89,12 @@ def plan(
         phases=phases,
         peak_phase=peak_phase,
         needed_bytes=needed_bytes,
-        fits=None if card is None or card.kind == "cpu" else _fits(needed_bytes, card),
+        fits=None if card is None or card.kind == "cpu" else device_fits(needed_bytes, card),
         host_needed_bytes=host_bytes,
-        host_fits=_host_fits(recipe, host_bytes, device),
+        host_fits=host_fits(recipe, host_bytes, device),
         trainable=done.trainable,
         total=done.total,
-        step=_step(device, done),
+        step=step_of(device, done),
         curve=summary.curve(*summary.bounds["steady_steps"]),
         shapes=shapes,
         depth=_depth(done, exact),
@@ -128,11 +131,13 @@ def target_of(device: Device | None) -> Target:
     return Target("cuda", workspace, flash=capability >= (8, 0))
 
 
-def _fits(needed_bytes: int, card: Card) -> bool:
+def device_fits(needed_bytes: int, card: Card) -> bool:
+    """Whether a card offers that much, its context included."""
     return needed_bytes - card.context_bytes <= card.available_bytes
 
 
-def _host_fits(recipe: Recipe, needed_bytes: int, device: Device | None) -> bool | None:
+def host_fits(recipe: Recipe, needed_bytes: int, device: Device | None) -> bool | None:
+    """Whether the host has that much, or may give it; None where neither is known."""
     budget = recipe.budget.host_gib
     if budget is not None:
         return needed_bytes <= gib_to_bytes(budget)
@@ -160,7 +165,8 @@ def _phases(
     chosen = peak if on_device else held
     phases["load"] = PhasePlan(
         live_bytes=chosen.live_bytes, allocated_bytes=None, reserved_bytes=None,
-        host_bytes=done.largest_bytes if on_device else peak.live_bytes,
+        host_bytes=0 if target.kind == "cpu"
+        else done.largest_bytes if on_device else peak.live_bytes,
         categories=held.categories if not on_device else {"weights": peak.live_bytes},
         instant="loading" if on_device else "weights on the device",
         module=chosen.module, operation=chosen.operation,
@@ -219,9 +225,11 @@ def rates_of(device: Device) -> Rates | None:
     )
 
 
-def _step(device: Device | None, done: Rehearsal) -> StepPlan | None:
+def step_of(device: Device | None, done: Rehearsal) -> StepPlan | None:
     rates = rates_of(device) if device is not None else None
-    return None if rates is None else step_time(done.trace, rates, done.repeats, done.tokens)
+    if rates is None:
+        return None
+    return step_time(done.trace, rates, done.passes, done.repeats, done.tokens)
 
 
 def with_budget(recipe: Recipe, device_gib: float | None) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -30,7 +31,9 @@ def rank(choice: Choice, goal: Goal) -> tuple[float, ...]:
     c = choice.candidate
     pace = -(c.tokens_per_second or 0.0)
     worse = len(c.lossy)
-    known = -(c.quality if c.quality is not None else float("-inf")) if c.quality else 0.0
+    sign = -1.0 if choice.combination.recipe.task.higher_is_better else 1.0
+    # What no record tells comes after all that one does.
+    known = math.inf if c.quality is None else sign * c.quality
     if goal == "speed":
         return (pace, worse)
     preferred = choice.combination.preference

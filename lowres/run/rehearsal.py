@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,11 @@ class Rehearsal:
         trainable: Parameters.
         saved_bytes: Of all trained parameters.
         tokens: Real tokens of one update.
-        repeats: Work of all micro-batches of an average update over that of the traced ones.
+        passes: Micro-batches of an update over the traced ones.
+        repeats: Padded tokens of an average update over those of the traced micro-batches.
         loads_on_device: The weights are made on the compute device, not moved there afterwards.
-        largest_bytes: Of the largest parameter: what the host holds while weights go elsewhere.
+        largest_bytes: Of the largest parameter as it is read: what the host holds while weights go
+            elsewhere.
     """
 
     load: Trace
@@ -59,6 +61,7 @@ class Rehearsal:
     total: int
     saved_bytes: int
     tokens: float
+    passes: float
     repeats: float
     loads_on_device: bool
     largest_bytes: int
@@ -72,6 +75,7 @@ def rehearse(
     whole: bool = False,
     quick: bool = False,
     states_only: bool = False,
+    processes: int = 1,
 ) -> Rehearsal:
     """Trace a recipe.
 
@@ -83,6 +87,7 @@ def rehearse(
             alike those that are alike; of the updates only the largest micro-batch is traced, and
             evaluation and resuming are left out.
         states_only: With `quick`: not even that; only what the optimizer holds and takes.
+        processes: That share the updates; one of them is traced.
 
     Raises:
         TraceFailed: Where the recipe's code needs data.
@@ -101,7 +106,7 @@ def rehearse(
         # Libraries warn of what they meet only here: fake tensors, and a CPU in place of a GPU.
         warnings.simplefilter("ignore")
         stage = _Stage(recipe, inputs, accelerator, target, whole, quick)
-        stage.states_only = states_only
+        stage.states_only, stage.processes = states_only, processes
         try:
             return stage.play()
         except (LowresError, DoesNotRepeat):
@@ -126,7 +131,7 @@ class _Stage:
     ) -> None:
         self.recipe, self.inputs, self.accelerator = recipe, inputs, accelerator
         self.target, self.whole, self.quick = target, whole, quick
-        self.states_only = False
+        self.states_only, self.processes = False, 1
         self.later: list[Callable[[], None]] = []
         self.tracer = Tracer()
         self.runs: list[shorten.Run] = []
@@ -150,13 +155,16 @@ class _Stage:
         learner = dataclasses.replace(built.learner, module=module)
         engine = self.recipe.optimizer.engine(self.accelerator, learner, optimizer)
         engine = fold(engine, self.recipe.levers, "on_engine")
-        tracer.hold(self._weights(learner))
+        tracer.hold(scenes.weights_of(learner))
+        if self.processes > 1:
+            # DistributedDataParallel keeps a flat copy of all gradients, in buckets.
+            tracer.permanent(self.saved_bytes, "gradient buckets of several processes")
 
-        tokens = repeats = 0.0
+        tokens = passes = repeats = 0.0
         with self._following(learner), translating(tracer, self.target):
             for step, phase in enumerate(("first_step", "steady_steps")):
                 tracer.mark(phase)
-                tokens, repeats = self._update(learner, engine, step)
+                tokens, passes, repeats = self._update(learner, engine, step)
                 self._tell_states(engine)
             tracer.mark("save")
             tracer.mark("evaluate")
@@ -168,6 +176,8 @@ class _Stage:
             tracer.mark("end")
         tracer.close()
         trace = tracer.trace
+        if self.recipe.loop.precision == "fp16":
+            trace.costs = [c.in_float16() for c in trace.costs]
         for run in reversed(self.runs):
             # From the last run to the first, so that places before it are still those of the trace.
             start = sum(len(r.kept) for r in self.runs[: self.runs.index(run)])
@@ -175,7 +185,7 @@ class _Stage:
         return Rehearsal(
             load=load, trace=trace, runs=self.runs, names=self.names,
             trainable=self.trainable, total=self.total, saved_bytes=self.saved_bytes,
-            tokens=tokens, repeats=repeats,
+            tokens=tokens, passes=passes, repeats=repeats,
             loads_on_device=self.loads_on_device, largest_bytes=self.largest_bytes,
         )  # fmt: skip
 
@@ -187,7 +197,8 @@ class _Stage:
         self.trainable = sum(p.numel() for p in trained)
         self.saved_bytes = sum(p.numel() * p.element_size() for p in trained)
         quantised = any(True for _ in quantisation_states(learner.base))
-        self.largest_bytes = max(p.numel() for p in parameters) * 2
+        width = getattr(torch, self.recipe.model.dtype).itemsize
+        self.largest_bytes = max(element_count(p) for p in parameters) * width
         self.loads_on_device = self.target.kind == "cpu" or quantised
         if not self.runs:
             self._shorten(learner)
@@ -210,31 +221,11 @@ class _Stage:
         blocks = [model.get_submodule(name) for name in learner.blocks.names]
         return following(self.tracer, learner.base, blocks)
 
-    def _weights(self, learner: Learner) -> Iterator[tuple[torch.Tensor, int, str, str]]:
-        """Parameters and buffers with the block they belong to."""
-        model = peft.unwrap_adapted(learner.base)
-        prefix = next((p for p, m in learner.base.named_modules() if m is model), "")
-        lead = f"{prefix}." if prefix else ""
-        place_of = {lead + name: place for place, name in enumerate(learner.blocks.names)}
-
-        def place(path: str) -> int:
-            found = [p for name, p in place_of.items() if path.startswith(name + ".")]
-            return found[0] if found else OUTSIDE
-
-        for name, parameter in learner.base.named_parameters():
-            kind = (
-                "adapters" if parameter.requires_grad and model is not learner.base else "weights"
-            )
-            yield parameter, place(name), name.rpartition(".")[0], kind
-        for name, buffer in learner.base.named_buffers():
-            yield buffer, place(name), name.rpartition(".")[0], "weights"
-        for path, tensor in quantisation_states(learner.base):
-            yield tensor, place(path + "."), path, "quantisation state"
-
-    def _update(self, learner: Learner, engine: Engine, step: int) -> tuple[float, float]:
+    def _update(self, learner: Learner, engine: Engine, step: int) -> tuple[float, float, float]:
         recipe, tracer = self.recipe, self.tracer
         learner.base.train()
         rows = portions.rows_of(recipe, self.inputs.data, step)
+        rows = rows[: -(-len(rows) // self.processes)]
         with tracer:
             tracer.enter("forward")
             recipe.freezing.before_update(learner.base, step)
@@ -249,12 +240,13 @@ class _Stage:
                 tracer.enter("optimizer step")
                 engine.update(1.0, recipe.loop.max_grad_norm)
                 tracer.costing = False
-                return 0.0, 0.0
+                return 0.0, 0.0, 0.0
             if self.quick and len(only) > 1:
                 # What the first micro-batch of an update leaves are gradients.
                 only -= {0}
                 self._put_gradients(learner)
             self._hold_batches(batches, only)
+            passes = len(batches) / len(only)
             traced = sum(batches[number]["input_ids"].numel() for number in only)
             tracer.costing = step == 1
             told = scenes.Staged(engine, tracer, self._tell_gradients)
@@ -264,7 +256,7 @@ class _Stage:
             engine.update(1.0, recipe.loop.max_grad_norm)
             tracer.costing = False
         usual, tokens = portions.usual_work(recipe, self.inputs.data)
-        return tokens, usual / traced
+        return tokens, passes, usual / self.processes / traced
 
     def _hold_batches(self, batches: Sequence[Batch], only: Iterable[int]) -> None:
         for number in only if self.target.kind == "cuda" else range(len(batches)):

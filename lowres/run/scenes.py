@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
+from lowres.bridges import peft
+from lowres.bridges.bitsandbytes import quantisation_states
 from lowres.core.engine import Engine
 from lowres.core.example import Row, collate
 from lowres.core.learner import Learner
@@ -44,6 +46,26 @@ class Staged:
 
     def discard(self) -> None:
         self._engine.discard()
+
+
+def weights_of(learner: Learner) -> Iterator[tuple[torch.Tensor, int, str, str]]:
+    """Parameters and buffers with the block they belong to, as `Tracer.hold` takes them."""
+    model = peft.unwrap_adapted(learner.base)
+    prefix = next((p for p, m in learner.base.named_modules() if m is model), "")
+    lead = f"{prefix}." if prefix else ""
+    place_of = {lead + name: place for place, name in enumerate(learner.blocks.names)}
+
+    def place(path: str) -> int:
+        found = [p for name, p in place_of.items() if path.startswith(name + ".")]
+        return found[0] if found else OUTSIDE
+
+    for name, parameter in learner.base.named_parameters():
+        kind = "adapters" if parameter.requires_grad and model is not learner.base else "weights"
+        yield parameter, place(name), name.rpartition(".")[0], kind
+    for name, buffer in learner.base.named_buffers():
+        yield buffer, place(name), name.rpartition(".")[0], "weights"
+    for path, tensor in quantisation_states(learner.base):
+        yield tensor, place(path + "."), path, "quantisation state"
 
 
 def evaluate(

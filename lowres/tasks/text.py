@@ -32,6 +32,7 @@ class Text(Task):
     version: ClassVar[int] = 1
     asks: ClassVar[Asks] = "likelihood"
     metric: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
     sample_fields: ClassVar[Mapping[str, Any]] = {
         "files": ("pretrain/books_valid.txt.xz",),
         "valid_files": ("pretrain/tinyshakespeare.txt.gz",),

@@ -159,3 +159,13 @@ class TestBadInput:
         monkeypatch.setattr(next_token.NextToken, "loss", loss)
         with pytest.raises(TraceFailed, match="aten.*nonzero|aten.*index"):
             plan(planned_recipe(), devices.generic(8.0))
+
+
+def test_several_processes_hold_buckets_of_gradients(planned_recipe: Callable[..., Any]) -> None:
+    """Closed form: one more copy of the trained parameters' gradients; half of the rows each."""
+    recipe, device = planned_recipe(), devices.generic(8.0)
+    one, two = plan(recipe, device), plan(recipe, device, processes=2)
+    live = [p.phases["steady_steps"].categories.get("workspaces", 0) for p in (one, two)]
+    assert live[1] - live[0] == 4 * one.trainable
+    assert one.step is not None and two.step is not None
+    assert two.step.seconds < one.step.seconds

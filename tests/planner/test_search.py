@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lowres.core.errors import InputError
 from lowres.core.reading import load_recipe
 from lowres.memory import device as devices
-from lowres.memory.closed_form import ClosedForm
+from lowres.memory.closed_form import ClosedForm, probe_lengths
 from lowres.memory.translate import Target
 from lowres.run.assumed import assumed_inputs
 from lowres.run.fit import fit
@@ -94,6 +95,22 @@ def test_where_nothing_fits_it_says_what_would(config_folder: Callable[..., str]
     assert found.chosen is None and found.recipe is None
     assert any("card" in change.name for change in found.instead)
     assert all((change.needed_bytes or 0) > 0 for change in found.instead)
+
+
+def test_the_probe_shares_no_factor_with_a_width() -> None:
+    """Closed form: LLaMA-30B is 6656 = 512 x 13 wide."""
+    assert probe_lengths([4096, 11008, 32000])[0] == 128 * 13
+    assert probe_lengths([6656, 17920, 32000])[0] == 128 * 17
+
+
+def test_minutes_are_a_limit_where_time_is_known(model: str) -> None:
+    """Behaviour: too few are refused with the least there is; without data they are only noted."""
+    card = devices.load("rtx-3060")
+    with pytest.raises(InputError, match="too few"):
+        fit("package:lowres/assets/tiny_lm", "grammaticality", card, minutes=1e-6)
+    found = fit(model, "gsm8k", devices.generic(1.0), device_gib=1.0, minutes=5.0)
+    assert found.chosen is not None
+    assert "--minutes" in " ".join(found.notes)
 
 
 def test_a_table_of_models_by_cards(model: str) -> None:

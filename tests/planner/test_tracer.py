@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -144,3 +145,13 @@ def test_deaths_that_nothing_separates_are_put_in_order() -> None:
     trace.marks = [("border", 7)]
     trace.settle()
     assert trace.tensors == [0, 1, 2, 3, 1, 0, 2, 3]
+
+
+def test_a_copy_of_a_fake_tensor_is_of_the_same_mode() -> None:
+    """Behaviour: a copied mode would release storages twice, and crash in a later collection."""
+    tracer = Tracer()
+    with tracer:
+        states = {"state1": torch.zeros(8, 8)}
+        copied = copy.deepcopy(states)
+    assert copied["state1"] is not states["state1"]
+    assert copied["state1"].fake_mode is states["state1"].fake_mode  # type: ignore[attr-defined]
