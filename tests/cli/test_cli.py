@@ -155,3 +155,18 @@ def test_resume_takes_an_optional_value(in_folder: Path) -> None:
     assert _with_resume_value(["run", "r.yaml", "--resume"])[-1] == "--resume=latest"
     for value in ("latest", "checkpoint-3"):
         assert _with_resume_value(["run", "--resume", value]) == ["run", "--resume", value]
+
+
+def test_a_plan_refuses_options_that_would_go_unheard() -> None:
+    """Behaviour: one error each, exit 2, before anything is planned."""
+    recipe, model = "recipes/quickstart.yaml", "package:lowres/assets/tiny_lm"
+    for told in (
+        [recipe, "--gpu", "t4", "--gpu", "rtx-4090"],
+        [recipe, "--device-gib", "8", "--device-gib", "12"],
+        ["--model", model, "--gpu", "t4", "--gpu", "rtx-4090", "--exact"],
+        ["--model", model, "--gpu", "t4", "--gpu", "rtx-4090", "--task", "gsm8k"],
+        [recipe, recipe, "--diff", "--html", "page.html"],
+    ):
+        done = lowres("plan", *told)
+        assert done.returncode == 2, (told, done.stdout, done.stderr)
+        assert "does not go with" in done.stderr or "takes one" in done.stderr
