@@ -131,6 +131,9 @@ class Method(Part):
     family: ClassVar[str] = "method"
     learning_rate_hint: ClassVar[tuple[float, float]]
     mergeable: ClassVar[bool]
+    trains_weights: ClassVar[bool] = False
+    """Whether it changes the matrices of the checkpoint themselves, which then cannot be held in
+    fewer bits, and not only what it adds beside them."""
 
     def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
         """Mark or add the trained parameters, within `blocks`;
@@ -229,6 +232,9 @@ class Lever(Part):
 
     family: ClassVar[str] = "lever"
     effect: ClassVar[Literal["exact", "lossy"]]
+    tolerance: ClassVar[float] = 0.0
+    """Of a lossy lever: distance of the gradients from those without it, relative to these, up to
+    which it is rounding and no mistake; before training, all trained parameters as one vector."""
 
     def on_load(self, request: LoadRequest) -> LoadRequest:
         return request

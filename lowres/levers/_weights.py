@@ -20,15 +20,13 @@ class QuantisedWeights(Lever):
     """
 
     effect: ClassVar[Literal["exact", "lossy"]] = "lossy"
-    tolerance: ClassVar[float]
-    """Distance of the gradients from those without the lever, relative to these, up to which it is
-    rounding and no mistake; before training, all trained parameters as one vector."""
 
     def check(self, recipe: Recipe) -> Iterator[str]:
-        if recipe.method.name == "full":
+        if recipe.method.trains_weights:
             yield (
-                "it holds matrices in a form that cannot be trained, which 'full' would train; "
-                "use a method that adds parameters (lora, bitfit), or drop the lever"
+                "it holds matrices in a form that cannot be trained, which "
+                f"'{recipe.method.name}' would train; use a method that adds parameters (lora, "
+                "bitfit), or drop the lever"
             )
         if recipe.model.init == "random":
             yield (

@@ -27,6 +27,7 @@ class Full(Method):
     # small encoders want more.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
     mergeable: ClassVar[bool] = True
+    trains_weights: ClassVar[bool] = True
 
     def check(self, recipe: Recipe) -> Iterator[str]:
         if recipe.model.dtype == "float16":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lowres.core.engine import Engine
     from lowres.run.data import Data
 
 
@@ -206,6 +207,14 @@ def assemble(
         learner=learner,
         inputs=inputs,
     )
+
+
+def engine_of(
+    recipe: Recipe, accelerator: Any, learner: Learner, optimizer: torch.optim.Optimizer
+) -> Engine:
+    """How updates are made: the optimizer's engine with what the levers change in it."""
+    engine = recipe.optimizer.engine(accelerator, learner, optimizer)
+    return fold(engine, recipe.levers, "on_engine")
 
 
 def build(recipe: Recipe) -> Built:

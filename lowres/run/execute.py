@@ -13,7 +13,6 @@ import torch
 from lowres.bridges import accelerate, peft, transformers
 from lowres.bridges.bitsandbytes import element_count
 from lowres.core.errors import InputError, Interrupted, LowresError, OutOfMemory, Problem
-from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
@@ -81,8 +80,7 @@ def execute(
         if accelerator.is_main_process:
             output.write_recipe(folder, recipe)
         learner = dataclasses.replace(built.learner, module=module)
-        engine = recipe.optimizer.engine(accelerator, learner, optimizer)
-        engine = fold(engine, recipe.levers, "on_engine")
+        engine = build.engine_of(recipe, accelerator, learner, optimizer)
         accelerate.checkpoint_trained_only(accelerator, learner.base)
         accelerate.start_trackers(accelerator, folder, recipe)
         record.measured.parameters = _count(built.model)

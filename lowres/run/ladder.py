@@ -131,7 +131,7 @@ def variants(recipe: Recipe, found: MemoryPlan) -> Iterator[tuple[str, list[str]
         lr = resolved["optimizer"]["lr"]
         told = json.dumps({"name": "adamw_8bit", "lr": lr})
         yield "optimizer adamw_8bit", [f"optimizer={told}"]
-    if recipe.method.name == "full":
+    if recipe.method.trains_weights:
         yield "method lora", ['method={"name": "lora", "targets": "all-linear"}']
     if recipe.model.dtype == "float32":
         yield "weights in bfloat16", ["model.dtype=bfloat16"]

@@ -24,7 +24,6 @@ from lowres.core.engine import Engine
 from lowres.core.errors import LowresError
 from lowres.core.example import Batch
 from lowres.core.learner import Learner
-from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
 from lowres.memory.extend import DoesNotRepeat, extend
 from lowres.memory.places import following
@@ -153,9 +152,9 @@ class _Stage:
             module, optimizer = self.accelerator.prepare(built.model, built.optimizer)
         load = tracer.start_anew()
         learner = dataclasses.replace(built.learner, module=module)
-        engine = self.recipe.optimizer.engine(self.accelerator, learner, optimizer)
-        engine = fold(engine, self.recipe.levers, "on_engine")
         tracer.hold(scenes.weights_of(learner))
+        with tracer:
+            engine = build.engine_of(self.recipe, self.accelerator, learner, optimizer)
         if self.processes > 1:
             # DistributedDataParallel keeps a flat copy of all gradients, in buckets.
             tracer.permanent(self.saved_bytes, "gradient buckets of several processes")
