@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -15,21 +18,49 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
     epilog="example: lowres bench benchmarks/suites/smoke.yaml --records runs/records",
 )
 def command(
-    suite: Annotated[Path, typer.Argument(help="A suite file.")],
+    suite: Annotated[Path, typer.Argument(help="A suite file, or `compatibility` for that table.")],
     records: Annotated[Path, typer.Option(help="Where records are kept.")] = Path(
         "benchmarks/records"
     ),
     scratch: Annotated[Path, typer.Option(help="Scratch folder; it is emptied.")] = Path(
         "runs/bench"
     ),
+    only: Annotated[
+        str, typer.Option(metavar="PART", help="compatibility: run again what holds this part.")
+    ] = "",
 ) -> None:
     """Run what a suite lacks: a search of equal budget for each recipe, then every seed.
 
-    Records that are there already are kept, so a suite that was cut goes on.
+    Records that are there already are kept, so a suite that was cut goes on. `compatibility` tries
+    every combination of method, weights, checkpointing and engine, and every pair of levers.
     """
+    say = lambda text: typer.echo(text, err=True)
+    if str(suite) == "compatibility":
+        _compatibility(scratch, only, say)
+        return
     from lowres.report.table import print_comparison
     from lowres.run import suite as suite_module
 
     loaded = suite_module.load(suite)
-    say = lambda text: typer.echo(text, err=True)
     print_comparison(suite_module.run(loaded, records, scratch, say))
+
+
+def _compatibility(scratch: Path, only: str, say: Callable[[str], None]) -> None:
+    from collections import Counter
+
+    from lowres.core.compatibility import Table
+    from lowres.run import compatibility
+
+    table, every = Table.read(), compatibility.combinations()
+    keys = {one.key for one in every}
+    table.cells = {key: cell for key, cell in table.cells.items() if key in keys}
+    if only:
+        wanted = [one for one in every if only in (one.method, *one.levers)]
+    else:
+        wanted = [one for one in every if one.key not in table.cells]
+    say(f"{len(wanted)} of {len(every)} combinations to run")
+    table.environment = compatibility.surroundings()
+    compatibility.fill(table, wanted, scratch / "compatibility", say, table.write)
+    table.write()
+    counted = Counter(cell.outcome for cell in table.cells.values())
+    typer.echo(", ".join(f"{count} {outcome}" for outcome, count in sorted(counted.items())))

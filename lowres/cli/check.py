@@ -22,10 +22,11 @@ def command(
     ] = None,
 ) -> None:
     """Check recipes and show every problem of each. Exit 2 when there is one."""
+    from lowres.core.compatibility import Table, told
     from lowres.core.errors import InputError
     from lowres.core.reading import load_recipe
 
-    wrong = False
+    wrong, table = False, Table.read()
     for path in recipes:
         try:
             recipe = load_recipe(path, overrides or [])
@@ -33,6 +34,6 @@ def command(
             typer.echo(f"lowres: {error}", err=True)
             wrong = True
         else:
-            typer.echo(f"{path}: ok (digest {recipe.digest})")
+            typer.echo(f"{path}: ok (digest {recipe.digest}); {told(recipe, table)}")
     if wrong:
         raise typer.Exit(2)

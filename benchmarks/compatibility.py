@@ -1,0 +1,80 @@
+"""Write docs/compatibility.md from the table that ships with lowres.
+
+python -m benchmarks.compatibility
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+from lowres.core import registry
+from lowres.core.compatibility import Cell, Combination, Table
+from lowres.run.compatibility import PAIRED_WITH, RECOMPUTING, kinds
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
+SIGNS = {"works": "works", "refused": "refused", "fails": "**fails**"}
+HEAD = """# What goes together
+
+Each cell was run: two updates on a tiny decoder, a checkpoint after each, a resume from the first,
+the saved model loaded again and, where the method can be merged, merged. *works* means that all of
+it agrees; *refused* that lowres says no before anything is loaded; *fails* that it ought to work
+and does not. The numbers lead to the reasons at the end. `lowres check RECIPE` reads the same
+table; `lowres bench compatibility` runs what it lacks, and `python -m benchmarks.compatibility`
+writes this page.
+"""
+
+
+def page(table: Table) -> str:
+    """The page's text."""
+    reasons: dict[str, int] = {}
+
+    def shown(key: str) -> str:
+        cell = table.cells[key]
+        if cell.outcome == "works":
+            return "works"
+        number = reasons.setdefault(_reason(cell), len(reasons) + 1)
+        return f"{SIGNS[cell.outcome]} [{number}]"
+
+    counted = Counter(cell.outcome for cell in table.cells.values())
+    told = table.environment
+    versions = ", ".join(f"{k} {v}" for k, v in told["versions"].items() if v and k != "lowres")
+    out = [
+        HEAD,
+        f"{len(table.cells)} combinations: "
+        + ", ".join(f"{count} {name}" for name, count in sorted(counted.items()))
+        + f". On {told['device']}, {told['date']}; {versions}.\n",
+    ]
+    levers = registry.names("lever")
+    weights, engines, others = kinds()
+    columns = [(), *((name,) for name in engines)]
+    for method in registry.names("method"):
+        heads = [" + ".join(column) or "alone" for column in columns]
+        out += [f"## {method}\n", f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+        for first, second in itertools.product([(), *((n,) for n in weights)], RECOMPUTING):
+            keys = [Combination(method, first + second + column).key for column in columns]
+            name = " + ".join(first + second) or "no lever"
+            out.append(f"| {name} | " + " | ".join(map(shown, keys)) + " |")
+        for name in others:
+            blanks = " |" * len(engines)
+            out.append(f"| {name} | {shown(Combination(method, (name,)).key)} |{blanks}")
+        out.append("")
+    out += ["## Pairs of levers\n", f"With {PAIRED_WITH}; the row's lever stands first.\n"]
+    out += ["| | " + " | ".join(levers) + " |", "|---|" + "---|" * len(levers)]
+    for first in levers:
+        keys = [" + ".join((PAIRED_WITH, first, second)) for second in levers]
+        cells = ["" if a == first else shown(k) for a, k in zip(levers, keys, strict=True)]
+        out.append(f"| {first} | " + " | ".join(cells) + " |")
+    out += ["", "## Why not", ""]
+    out += [f"{number}. {text}" for text, number in reasons.items()]
+    return "\n".join(out) + "\n"
+
+
+def _reason(cell: Cell) -> str:
+    return cell.reason.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(Table.read()), encoding="utf-8")
+    print(f"{PAGE.relative_to(PAGE.parent.parent)} written")

@@ -1,0 +1,184 @@
+"""Run every combination of method, weights, checkpointing and engine, and every pair of levers.
+
+Each combination is a process of its own, forked from one that has the libraries loaded: a crash is
+a result, and nothing is left over for the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowres.core import registry
+from lowres.core.compatibility import Cell, Combination, Table
+from lowres.core.errors import InputError, LowresError
+from lowres.core.parts import Lever
+from lowres.core.reading import load_recipe
+from lowres.run import environment
+
+RECOMPUTING: tuple[tuple[str, ...], ...] = ((), ("gradient_checkpointing",))
+PAIRED_WITH = "lora"
+SECONDS = 180
+"""That a combination may take before it counts as hanging."""
+MODELS = ("package:lowres/assets/tiny_lm", "biased")
+"""The embedded Llama; where a method finds nothing to train in it, an OPT with random weights."""
+
+
+def kinds() -> tuple[list[str], list[str], list[str]]:
+    """The levers by what they change: how weights are loaded, how updates are made, the rest."""
+    levers = registry.names("lever")
+    weights = [name for name in levers if _overrides(name, "on_load")]
+    engines = [n for n in levers if n not in weights
+               and _overrides(n, "on_engine", "on_optimizer", "on_accelerator")]  # fmt: skip
+    rest = [n for n in levers if n not in (*weights, *engines, *RECOMPUTING[1])]
+    return weights, engines, rest
+
+
+def combinations() -> list[Combination]:
+    """What the table holds: no cell of it may be blank."""
+    weights, engines, others = kinds()
+    made: dict[str, Combination] = {}
+    for method in registry.names("method"):
+        whole = itertools.product(
+            [(), *((n,) for n in weights)], RECOMPUTING, [(), *((n,) for n in engines)]
+        )
+        for levers in [*map(_joined, whole), *((name,) for name in others)]:
+            one = Combination(method, levers)
+            made.setdefault(one.key, one)
+    for pair in itertools.permutations(registry.names("lever"), 2):
+        one = Combination(PAIRED_WITH, pair)
+        made.setdefault(one.key, one)
+    return list(made.values())
+
+
+def _joined(parts: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(itertools.chain.from_iterable(parts))
+
+
+def _overrides(name: str, *hooks: str) -> bool:
+    cls = registry.load("lever", name)
+    return any(getattr(cls, h, None) is not getattr(Lever, h, None) for h in hooks)
+
+
+def fill(
+    table: Table,
+    wanted: Sequence[Combination],
+    scratch: Path,
+    say: Callable[[str], None],
+    done: Callable[[], None],
+    workers: int = 2,
+) -> None:
+    """Run the combinations into the table.
+
+    Args:
+        scratch: Folder for the runs; emptied.
+        say: Takes a line for each combination.
+        done: Called after each, to keep what is there.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lowres.run.compatibility_cell"])
+    waiting = list(wanted)
+    running: dict[Any, tuple[Combination, Path, Any, Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            one = waiting.pop(0)
+            folder = scratch / f"cell-{len(waiting)}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_cell, args=(one, folder, theirs))
+            process.start()
+            theirs.close()
+            running[process.sentinel] = (one, folder, process, ours, time.monotonic())
+        ready = multiprocessing.connection.wait(running, timeout=1.0)
+        late = [s for s, r in running.items() if time.monotonic() - r[-1] > SECONDS]
+        for sentinel in {*ready, *late}:
+            one, folder, process, ours, started = running.pop(sentinel)
+            if sentinel not in ready:
+                process.kill()
+            process.join()
+            cell = _result(ours, process.exitcode, time.monotonic() - started)
+            table.cells[one.key] = cell
+            shutil.rmtree(folder, ignore_errors=True)
+            say(f"{one.key}: {cell.outcome}{f' ({cell.reason})' if cell.reason else ''}")
+            done()
+
+
+def _result(ours: Any, code: int | None, seconds: float) -> Cell:
+    with contextlib.suppress(EOFError):
+        if ours.poll():
+            cell: Cell = ours.recv()
+            return cell
+    why = "it hangs" if seconds > SECONDS else f"the process ended with code {code}"
+    return Cell("fails", why, MODELS[0], seconds)
+
+
+def _cell(one: Combination, folder: Path, told: Any) -> None:
+    from lowres.run.compatibility_cell import try_out
+
+    os.chdir(folder)
+    started = time.monotonic()
+    refusal: InputError | None = None
+    for model in MODELS:
+        cell = Cell("works", "", model, 0.0)
+        try:
+            recipe = load_recipe(raw(one, model, folder))
+            try_out(recipe, folder)
+        except InputError as error:
+            # Said of this model alone: the other one may have what the method trains.
+            cell.outcome, cell.reason = "refused", error.problems[0].text
+            if refusal is None and error.problems[0].where == "method":
+                refusal = error
+                continue
+        except LowresError as error:
+            cell.outcome, cell.reason = "fails", str(error)
+        except Exception as error:
+            cell.outcome, cell.reason = "fails", f"{type(error).__name__}: {error}"
+        break
+    cell.reason = " ".join(cell.reason.split())[:300]
+    cell.seconds = round(time.monotonic() - started, 1)
+    told.send(cell)
+
+
+def raw(one: Combination, model: str, folder: Path) -> dict[str, Any]:
+    """Keys of the recipe that a combination is tried with: two updates of one micro-batch."""
+    method: Any = registry.load("method", one.method)
+    levers: list[dict[str, Any]] = []
+    for name in one.levers:
+        lever: Any = registry.load("lever", name)
+        levers.append({"name": name, **lever.sample_fields})
+    if model == "biased":
+        from lowres.run.compatibility_cell import biased
+
+        model = str(biased(folder / "biased"))
+    return {
+        "model": {"checkpoint": model},
+        "task": {"name": "grammaticality", "train_examples": 16, "eval_examples": 4},
+        "method": {"name": one.method, **method.sample_fields},
+        "objective": "label_words",
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "levers": levers,
+        "loop": {
+            "steps": 2, "micro_batch_size": 2, "global_batch_size": 2, "max_length": 32,
+            "save_every": 1, "keep_checkpoints": 2, "max_grad_norm": None,
+        },
+    }  # fmt: skip
+
+
+def surroundings() -> dict[str, Any]:
+    """What stands above the table."""
+    return {
+        "device": "cpu",
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        **environment.commit(),
+        "versions": environment.versions(),
+    }

@@ -1,0 +1,59 @@
+"""One combination tried out: train, save, resume, and see that the same came out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lowres.bridges import peft, tiny
+from lowres.bridges import transformers as bridge
+from lowres.core.errors import LowresError
+from lowres.core.recipe import Recipe
+from lowres.run.execute import execute
+from lowres.run.output import MODEL
+
+BIASED_LIKE = "package:lowres/assets/tiny_lm"
+
+# Loaded where the processes of all combinations are forked from.
+peft.preload()
+torch.set_num_threads(1)
+
+
+def biased(folder: Path) -> Path:
+    """A model with biases: what some methods train."""
+    with bridge._quiet():
+        return tiny.write_opt(folder, BIASED_LIKE)
+
+
+def try_out(recipe: Recipe, folder: Path) -> None:
+    """Two updates and a save; the second update again from the checkpoint of the first.
+
+    Raises:
+        InputError: Where lowres refuses the recipe.
+        LowresError: Where what came out is not the same.
+    """
+    record = execute(recipe, output_folder=folder / "whole", quiet=True, force=True)
+    again = folder / "again"
+    again.mkdir()
+    shutil.copytree(folder / "whole" / "checkpoint-1", again / "checkpoint-1")
+    resumed = execute(recipe, resume=str(again / "checkpoint-1"), quiet=True, force=True)
+    if resumed.losses != record.losses:
+        raise LowresError(f"resumed losses are {resumed.losses}, not {record.losses}")
+    same_files(folder / "whole" / MODEL, again / MODEL)
+
+
+def same_files(one: Path, other: Path) -> None:
+    """Raise LowresError unless both folders hold the same tensors, bit for bit."""
+    files = sorted(p.name for p in one.glob("*.safetensors"))
+    if not files:
+        raise LowresError("nothing was saved")
+    for name in files:
+        first, second = load_file(one / name), load_file(other / name)
+        if first.keys() != second.keys():
+            raise LowresError(f"a resumed run saves other tensors in {name}")
+        for key, value in first.items():
+            if not torch.equal(value, second[key]):
+                raise LowresError(f"a resumed run saves another {key}")
