@@ -232,6 +232,9 @@ class Lever(Part):
 
     family: ClassVar[str] = "lever"
     effect: ClassVar[Literal["exact", "lossy"]]
+    searched: ClassVar[int | None] = None
+    """When `lowres fit` reaches for it: 0 always; 1, 2, ... while nothing fits with what came
+    before; None never, because it saves nothing that a search could weigh."""
     tolerance: ClassVar[float] = 0.0
     """Of a lossy lever: distance of the gradients from those without it, relative to these, up to
     which it is rounding and no mistake; before training, all trained parameters as one vector."""

@@ -20,6 +20,7 @@ class QuantisedWeights(Lever):
     """
 
     effect: ClassVar[Literal["exact", "lossy"]] = "lossy"
+    searched: ClassVar[int | None] = 0
 
     def check(self, recipe: Recipe) -> Iterator[str]:
         if recipe.method.trains_weights:

@@ -24,6 +24,7 @@ class GradientCheckpointing(Lever):
     """
 
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
+    searched: ClassVar[int | None] = 0
 
     def on_learner(self, learner: Learner) -> Learner:
         from lowres.bridges import blocks, peft

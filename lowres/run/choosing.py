@@ -29,12 +29,14 @@ def recipe_of(choice: Choice) -> Recipe:
     return load_recipe(choice.combination.raw, sizes)
 
 
-def wanted_length(
-    rows: Sequence[Row] | None, longest: int, found: Sequence[Choice], notes: list[str]
-) -> int:
-    """The shortest length that loses no row, or the longest below it that fits at all."""
+def whole_length(rows: Sequence[Row] | None, longest: int) -> int:
+    """The shortest length of a search that loses no row."""
     wanted = min(WANTED_LENGTH, longest) if rows is None else max(row.length for row in rows)
-    wanted = next((n for n in LENGTHS if n >= wanted), longest)
+    return next((n for n in LENGTHS if n >= wanted), longest)
+
+
+def wanted_length(wanted: int, found: Sequence[Choice], notes: list[str]) -> int:
+    """The length wanted, or the longest below it that fits at all."""
     fitting = sorted({c.length for c in found if c.candidate.fits and c.length <= wanted})
     if fitting and fitting[-1] < wanted:
         notes.append(

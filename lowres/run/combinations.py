@@ -42,12 +42,20 @@ class Combination:
     preference: int = 0
 
 
-def combinations(start: dict[str, Any], blocks: int) -> Iterator[Combination]:
+def stages() -> list[int]:
+    """The stages of a search: each brings in levers that cost more than those before."""
+    loaded: list[Any] = [registry.load("lever", name) for name in registry.names("lever")]
+    return sorted({lever.searched for lever in loaded if lever.searched is not None})
+
+
+def combinations(start: dict[str, Any], blocks: int, stage: int = 0) -> Iterator[Combination]:
     """Every method, set of levers, optimizer and freezing that go together.
 
     Args:
         start: Keys of a recipe for the model and the task.
         blocks: Of the model; half of them are frozen where blocks are.
+        stage: Of `stages`. At the first all sets of its levers are tried; afterwards those with all
+            levers of the earlier stages that only move or recompute bytes, one more, and no more.
     """
     methods = [
         *LORA,
@@ -59,7 +67,7 @@ def combinations(start: dict[str, Any], blocks: int) -> Iterator[Combination]:
         freezings.append({"name": "prefix", "frozen": blocks // 2})
     optimizers = sorted(set(registry.names("optimizer")) - _SAME_PLAN)
     for method, levers, freezing, optimizer in itertools.product(
-        methods, _subsets(registry.names("lever")), freezings, optimizers
+        methods, _lever_sets(stage), freezings, optimizers
     ):
         rate = start["optimizer"]["lr"] / (10 if method["name"] == "full" else 1)
         raw = start | {
@@ -85,6 +93,23 @@ def combinations(start: dict[str, Any], blocks: int) -> Iterator[Combination]:
         yield Combination(recipe, raw, settings, tuple(lossy), methods.index(method))
 
 
-def _subsets(names: list[str]) -> Iterator[tuple[str, ...]]:
-    for count in range(len(names) + 1):
-        yield from itertools.combinations(names, count)
+def _lever_sets(stage: int) -> Iterator[tuple[str, ...]]:
+    """Sets of levers to try at a stage."""
+    by_stage: dict[int, list[str]] = {}
+    lossy = set()
+    for name in registry.names("lever"):
+        lever: Any = registry.load("lever", name)
+        if lever.searched is not None:
+            by_stage.setdefault(lever.searched, []).append(name)
+            lossy |= {name} if lever.effect == "lossy" else set()
+    first = by_stage.get(0, [])
+    if stage == 0:
+        for count in range(len(first) + 1):
+            yield from itertools.combinations(first, count)
+        return
+    # Nothing fitted with less: keep all that is exact, and try the lossy ones of the first stage.
+    kept = [n for at in range(stage) for n in by_stage.get(at, []) if n not in lossy]
+    for other in [(), *((name,) for name in first if name in lossy)]:
+        for count in range(1, len(by_stage[stage]) + 1):
+            for more in itertools.combinations(by_stage[stage], count):
+                yield (*kept, *other, *more)

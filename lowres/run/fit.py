@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -21,8 +22,8 @@ from lowres.memory.closed_form import ClosedForm, probe_lengths
 from lowres.memory.extend import DoesNotRepeat
 from lowres.memory.trace import Trace
 from lowres.run import assumed, planned_quality
-from lowres.run.choosing import choose, in_time, instead, wanted_length
-from lowres.run.combinations import LENGTHS, ROWS, Combination, combinations
+from lowres.run.choosing import choose, in_time, instead, wanted_length, whole_length
+from lowres.run.combinations import LENGTHS, ROWS, Combination, combinations, stages
 from lowres.run.plan import rates_of, target_of
 from lowres.run.ranking import Choice, Goal, front, needed
 from lowres.run.rehearsal import rehearse
@@ -65,31 +66,22 @@ def fit(
     blocks = int(config.get_text_config().num_hidden_layers)
     longest = _longest(config, load_recipe(start))
     probe = _probe(config, longest)
-    found: list[Choice] = []
-    notes: list[str] = []
-    refused: set[tuple[str, Any]] = set()
-    bases: dict[tuple[str, ...], tuple[ClosedForm, Trace]] = {}
-    for combination in combinations(start, blocks):
-        if refused & set(combination.settings.items()):
-            continue
-        try:
-            found += _weigh(combination, device, card, probe, longest, evidence, bases)
-        except InputError as error:
-            # Said of the part that cannot be had with this model, and not for each combination.
-            where = error.problems[0].where.partition(".")[0]
-            if where in ("model", "task"):
-                raise
-            told = combination.settings.get(where, f"{combination.settings['levers']}")
-            refused.add((where if where in combination.settings else "levers", told))
-            notes.append(f"left out: {told}: {error.problems[0].text}")
-        except (LowresError, DoesNotRepeat) as error:
-            told = "; ".join(f"{k} {v}" for k, v in combination.settings.items() if v != "none")
-            notes.append(f"left out: {told}: {error}")
-    if not found:
-        raise InputError("the search", [*notes[:3], "no recipe of this model could be planned"])
     training, shapes = assumed.inputs_for(load_recipe(start, [f"loop.max_length={longest}"]))
     rows = None if shapes.startswith("assumed") else training.data.train
-    wanted = wanted_length(rows, longest, found, notes)
+    whole = max((n for n in LENGTHS if n <= longest), default=longest)
+    if goal != "context":
+        whole = min(whole, whole_length(rows, longest))
+    found: list[Choice] = []
+    notes: list[str] = []
+    for stage in stages():
+        weigh = functools.partial(_weigh, device, card, probe, longest, evidence, {})
+        found += _search(combinations(start, blocks, stage), weigh, notes)
+        room = card.available_bytes + card.context_bytes - device.context_band_bytes
+        if any(needed(c) <= room and c.length >= whole for c in found):
+            break  # What the next stages bring in costs time and is not needed.
+    if not found:
+        raise InputError("the search", [*notes[:3], "no recipe of this model could be planned"])
+    wanted = wanted_length(whole, found, notes)
     pool = [c for c in found if goal == "context" or c.length == wanted]
     if minutes is not None:
         pool = in_time(pool, rows, minutes, notes)
@@ -112,6 +104,33 @@ def fit(
         instead=[] if chosen is not None else list(instead(found, pool, device, card)),
         notes=notes,
     )
+
+
+def _search(
+    tried: Iterable[Combination],
+    weigh: Callable[[Combination], Iterator[Choice]],
+    notes: list[str],
+) -> list[Choice]:
+    """All sizes of all combinations; what cannot be had is noted."""
+    found: list[Choice] = []
+    refused: set[tuple[str, Any]] = set()
+    for combination in tried:
+        if refused & set(combination.settings.items()):
+            continue
+        try:
+            found += weigh(combination)
+        except InputError as error:
+            # Said of the part that cannot be had with this model, and not for each combination.
+            where = error.problems[0].where.partition(".")[0]
+            if where in ("model", "task"):
+                raise
+            told = combination.settings.get(where, combination.settings["levers"])
+            refused.add((where if where in combination.settings else "levers", told))
+            notes.append(f"left out: {told}: {error.problems[0].text}")
+        except (LowresError, DoesNotRepeat) as error:
+            told = "; ".join(f"{k} {v}" for k, v in combination.settings.items() if v != "none")
+            notes.append(f"left out: {told}: {error}")
+    return found
 
 
 def _longest(config: Any, recipe: Recipe) -> int:
@@ -141,13 +160,13 @@ def _probe(config: Any, longest: int) -> int:
 
 
 def _weigh(
-    combination: Combination,
     device: Device,
     card: Card,
     probe: int,
     longest: int,
     evidence: Sequence[records.RunRecord],
     bases: dict[tuple[str, ...], tuple[ClosedForm, Trace]],
+    combination: Combination,
 ) -> Iterator[Choice]:
     """All sizes of one combination from one trace.
 

@@ -121,3 +121,19 @@ def test_a_table_of_models_by_cards(model: str) -> None:
     for method in METHODS:
         small, large = (c for c in found.cells if c.method == method)
         assert not small.fits or large.fits
+
+
+def test_costly_levers_are_searched_only_when_nothing_fits(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: checkpointing put off to a second stage is weighed on a small card alone."""
+    from lowres.core import registry
+
+    lever: Any = registry.load("lever", "gradient_checkpointing")
+    monkeypatch.setattr(lever, "searched", 1)
+    needs = {}
+    for gib in (4.0, 0.32):
+        found = fit(model, "gsm8k", devices.generic(gib), device_gib=gib, goal="context")
+        used = {c.settings["levers"] for c in found.candidates}
+        needs[gib] = any("gradient_checkpointing" in told for told in used)
+    assert needs == {4.0: False, 0.32: True}
