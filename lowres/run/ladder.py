@@ -30,11 +30,14 @@ class Weighed:
     step: StepPlan | None
 
 
-def ladder(recipe: Recipe, device: Device | None, found: MemoryPlan) -> list[Change]:
+def ladder(
+    recipe: Recipe, device: Device | None, found: MemoryPlan, only: str = ""
+) -> list[Change]:
     """Each lever that the recipe lacks and each smaller setting, by itself.
 
     Args:
         found: The recipe's own plan.
+        only: Of the changes the one of that name.
 
     Returns:
         Those that make it fit first, and of these the least costly in time; then by bytes saved;
@@ -44,6 +47,8 @@ def ladder(recipe: Recipe, device: Device | None, found: MemoryPlan) -> list[Cha
     scale = _Scale(device, card, found, weigh(recipe, device, card))
     changes = []
     for name, overrides in variants(recipe, found):
+        if only not in ("", name):
+            continue
         change = Change(name, overrides)
         changes.append(change)
         try:

@@ -1,0 +1,151 @@
+"""What each lever saves and costs, measured on the CPU beside the planner's ladder line.
+
+    python -m benchmarks.levers [--only NAME] [--n 5]
+
+Each lever is run at a shape where it matters, with and without it, alternating; live bytes are
+exact and equal in every repetition, the time of an update is a ratio of medians. Writes
+`benchmarks/records/levers.json` and the table in docs/levers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lowres
+from lowres.core import registry
+from lowres.core.compatibility import Table
+from lowres.core.reading import load_recipe
+from lowres.core.units import format_bytes
+from lowres.memory import device as devices
+from lowres.run import environment
+from lowres.run.ladder import ladder
+from lowres.run.plan import plan
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "records" / "levers.json"
+PAGE = ROOT / "docs" / "levers.md"
+UPDATES = 6
+
+FULL: dict[str, Any] = {"method": "full", "optimizer": {"name": "adamw", "lr": 1e-5}}
+WHERE: dict[str, dict[str, Any]] = {}
+"""What the recipe with and the one without share, where that is not the usual one."""
+
+
+def recipe(name: str, levers: list[dict[str, Any]]) -> dict[str, Any]:
+    """LoRA on every linear layer, full rows of text."""
+    changes = WHERE.get(name, {})
+    loop = {
+        "steps": UPDATES, "micro_batch_size": 4, "global_batch_size": 4, "max_length": 128,
+        "max_grad_norm": None,
+    } | changes.get("loop", {})  # fmt: skip
+    return {
+        "model": {"checkpoint": "package:lowres/assets/tiny_lm"},
+        "task": {
+            "name": "text", "files": [str(ROOT / "docs" / "start.md")], "eval_examples": 1,
+            "valid_files": [str(ROOT / "docs" / "adding.md")],
+        },
+        "method": {"name": "lora", "targets": "all-linear"},
+        "objective": "next_token",
+        "optimizer": {"name": "adamw", "lr": 1e-4},
+        "levers": [*changes.get("levers", []), *levers],
+        **{k: v for k, v in changes.items() if k not in ("loop", "levers")},
+        "loop": loop,
+    }  # fmt: skip
+
+
+def measured(raw: dict[str, Any]) -> tuple[int, float]:
+    """Peak of live bytes over the updates, and the median seconds of an update."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = lowres.run(
+            load_recipe(raw), output_folder=Path(folder) / "run", quiet=True, force=True
+        )
+    phases = record.measured.phases
+    peak = max(phases[p].live_bytes or 0 for p in ("first_step", "steady_steps"))
+    assert record.measured.step_time is not None
+    return peak, record.measured.step_time.p50_seconds
+
+
+def one(name: str, n: int) -> dict[str, Any]:
+    """A lever's row."""
+    lever: Any = registry.load("lever", name)
+    without = recipe(name, [])
+    pulled = recipe(name, [{"name": name, **lever.sample_fields}])
+    cpu, base = devices.load("cpu"), load_recipe(without)
+    (line,) = ladder(base, cpu, plan(base, cpu), f"lever {name}")
+    runs = [(measured(without), measured(pulled)) for _ in range(n)]
+    (before, after) = (runs[0][0][0], runs[0][1][0])
+    assert all((a[0], b[0]) == (before, after) for a, b in runs), "live bytes differ between runs"
+    ratios = [b[1] / a[1] for a, b in runs]
+    return {
+        "effect": lever.effect, "before": before, "after": after, "planned": line.saved_bytes,
+        "ratio": statistics.median(ratios), "ratios": sorted(ratios), "n": n,
+    }  # fmt: skip
+
+
+def table(record: dict[str, Any]) -> str:
+    """The Markdown table."""
+    rows = [
+        "| lever | effect | without | with | saves | ladder line | time of an update "
+        "| does not combine with |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    cells = Table.read().cells
+    for name, row in record["levers"].items():
+        saved = row["before"] - row["after"]
+        against = [
+            other for other in record["levers"]
+            if other != name and cells[f"lora + {name} + {other}"].outcome != "works"
+        ]  # fmt: skip
+        low, high = row["ratios"][0], row["ratios"][-1]
+        rows.append(
+            f"| `{name}` | {row['effect']} | {format_bytes(row['before'])} "
+            f"| {format_bytes(row['after'])} | {format_bytes(saved)} "
+            f"| {format_bytes(row['planned'])} | x {row['ratio']:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {', '.join(against) or 'none'} |"
+        )
+    told = record["environment"]
+    n = min(row["n"] for row in record["levers"].values())
+    return (
+        f"On {told['device']}, torch {told['versions']['torch']}, {told['date']}; n of at least "
+        f"{n} alternating runs, {UPDATES} updates each.\n\n" + "\n".join(rows)
+    )
+
+
+def write_page(record: dict[str, Any]) -> None:
+    """Put the table between the marks of docs/levers.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    begin, end = "<!-- generated: levers -->\n", "\n<!-- end -->"
+    pattern = re.escape(begin) + r".*?" + re.escape(end)
+    made = re.sub(pattern, lambda _: begin + table(record) + end, text, flags=re.DOTALL)
+    PAGE.write_text(made, encoding="utf-8")
+
+
+def main() -> None:
+    from lowres.run.compatibility import surroundings
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--n", type=int, default=5)
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {"levers": {}}
+    if RECORD.exists():
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+    record["environment"] = surroundings() | {"cpu": environment.processor()}
+    for name in registry.names("lever"):
+        if arguments.only not in ("", name):
+            continue
+        record["levers"][name] = one(name, arguments.n)
+        print(name, record["levers"][name], flush=True)
+        record["levers"] = dict(sorted(record["levers"].items()))
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_page(record)
+
+
+if __name__ == "__main__":
+    main()
