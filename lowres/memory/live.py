@@ -2,7 +2,8 @@
 
 A dispatch mode sees every tensor that an operation returns; a storage counts from the first time it
 is seen until the last tensor over it dies. Bytes are what the storage asks for, without the
-allocator's rounding, so the figure is exact and the same on every run.
+allocator's rounding, so the figure is exact and the same on every run. What levers keep in host
+memory (`core.host`) is counted apart.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lowres.core import host
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -29,6 +32,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.device_type = device_type
         self.now_bytes = 0
         self.peak_bytes = 0
+        self.host_bytes = 0
+        self.host_peak_bytes = 0
         self._seen: dict[int, weakref.finalize[Any, Any]] = {}
         for tensor in held:
             self._note(tensor)
@@ -54,12 +59,21 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._seen:
             return
         size_bytes = storage.nbytes()
-        self._seen[key] = weakref.finalize(storage, self._gone, key, size_bytes)
+        on_host = host.allocating() or host.holds(tensor)
+        self._seen[key] = weakref.finalize(storage, self._gone, key, size_bytes, on_host)
+        if on_host:
+            self.host_bytes += size_bytes
+            self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
+            return
         self.now_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 
-    def _gone(self, key: int, size_bytes: int) -> None:
-        if self._seen.pop(key, None) is not None:
+    def _gone(self, key: int, size_bytes: int, on_host: bool) -> None:
+        if self._seen.pop(key, None) is None:
+            return
+        if on_host:
+            self.host_bytes -= size_bytes
+        else:
             self.now_bytes -= size_bytes
 
 

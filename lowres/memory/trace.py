@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ class Birth:
         operation: The ATen operation.
         width: Last dimension of the tensor, by which logits are told from other tensors.
         category: Set where it is known from the start (weights), else found afterwards.
+        on_host: Kept in host memory by a lever, off the device.
     """
 
     bytes: int
@@ -36,6 +38,7 @@ class Birth:
     operation: str
     width: int
     category: str = ""
+    on_host: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -88,6 +91,36 @@ class Trace:
     costs: list[Cost] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
     loose: list[int] = field(default_factory=list)
+
+    def apart(self) -> tuple[Trace, Trace]:
+        """The events of the device, with all costs, and those of host memory."""
+        if not any(b.on_host for b in self.births):
+            return self, Trace(marks=[(name, 0) for name, _ in self.marks])
+        out = []
+        for on_host in (False, True):
+            kept = [e for e, t in enumerate(self.tensors) if self.births[t].on_host == on_host]
+            numbers = {t: n for n, t in enumerate(t for t, b in enumerate(self.births)
+                                                  if b.on_host == on_host)}  # fmt: skip
+            out.append(
+                Trace(
+                    tensors=[numbers[self.tensors[e]] for e in kept],
+                    sizes=[self.sizes[e] for e in kept],
+                    places=[self.places[e] for e in kept],
+                    births=[b for b in self.births if b.on_host == on_host],
+                    marks=[(name, bisect.bisect_left(kept, at)) for name, at in self.marks],
+                    costs=[] if on_host else self.costs,
+                    unknown={} if on_host else self.unknown,
+                )
+            )
+        return out[0], out[1]
+
+    def peak_bytes(self, begin: int = 0, end: int | None = None) -> int:
+        """The most that is alive from one event on and before another."""
+        live = peak = sum(self.sizes[:begin])
+        for size in self.sizes[begin:end]:
+            live += size
+            peak = max(peak, live)
+        return peak
 
     def settle(self) -> None:
         """Order deaths that nothing separates by block and birth.

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from lowres.core import host
 from lowres.core.errors import LowresError
 from lowres.memory.trace import OUTSIDE, Birth, Cost, Trace
 from lowres.memory.values import (
@@ -237,6 +238,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         width = tensor.shape[-1] if tensor.dim() else 0
         number = self._born(size, place, str(func), width, category, module)
+        self.trace.births[number].on_host = host.allocating() or host.holds(tensor)
         self._numbers[key] = number
 
         def gone(_: Any) -> None:

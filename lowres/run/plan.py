@@ -21,6 +21,7 @@ from lowres.memory.catalogue import Device
 from lowres.memory.extend import DoesNotRepeat
 from lowres.memory.roofline import DATASHEET, MEASURED, Rates, step_time
 from lowres.memory.summary import Summary
+from lowres.memory.trace import Trace
 from lowres.memory.translate import Target
 from lowres.run.assumed import inputs_for
 from lowres.run.build import Inputs
@@ -76,12 +77,14 @@ def plan(
     if target.kind == "cuda":
         needed_bytes = smallest_capacity(done.trace.tensors, done.trace.sizes)
         if done.loads_on_device:
-            loading = smallest_capacity(done.load.tensors, done.load.sizes)
+            load, _ = done.load.apart()
+            loading = smallest_capacity(load.tensors, load.sizes)
             needed_bytes = max(needed_bytes, loading)
         needed_bytes += card.context_bytes if card else 0
-    host_bytes = resident_bytes + max(p.host_bytes for p in phases.values())
-    if target.kind == "cpu":
-        host_bytes = resident_bytes + phases[peak_phase].live_bytes
+    # On a CPU the device's memory is the host's.
+    own = (p.live_bytes if target.kind == "cpu" else 0 for p in phases.values())
+    host_bytes = max(map(sum, zip(own, (p.host_bytes for p in phases.values()), strict=True)))
+    host_bytes += resident_bytes
     return MemoryPlan(
         recipe=recipe.resolved(),
         digest=recipe.digest,
@@ -157,31 +160,38 @@ def _phases(
     done: Rehearsal, summary: Summary, target: Target, vocabulary: int
 ) -> dict[PlanPhase, PhasePlan]:
     phases: dict[PlanPhase, PhasePlan] = {}
-    loading = Summary(done.load, (), vocabulary)
-    peak = loading.peak(0, len(done.load.tensors))
     on_device = target.kind == "cpu" or done.loads_on_device
+    # What is loaded to the host and moved afterwards is all in host memory while it is loaded.
+    load, load_host = done.load.apart() if on_device else (done.load, Trace())
+    loading = Summary(load, (), vocabulary)
+    peak = loading.peak(0, len(load.tensors))
     first = summary.bounds["first_step"][0]
     held = summary.peak(0, first)
     chosen = peak if on_device else held
     phases["load"] = PhasePlan(
         live_bytes=chosen.live_bytes, allocated_bytes=None, reserved_bytes=None,
-        host_bytes=0 if target.kind == "cpu"
-        else done.largest_bytes if on_device else peak.live_bytes,
+        host_bytes=load_host.peak_bytes() if target.kind == "cpu"
+        else done.largest_bytes + load_host.peak_bytes() if on_device else peak.live_bytes,
         categories=held.categories if not on_device else {"weights": peak.live_bytes},
         instant="loading" if on_device else "weights on the device",
         module=chosen.module, operation=chosen.operation,
     )  # fmt: skip
+    host_marks = [at for _, at in done.host.marks]
+    waits = {
+        name: done.host.peak_bytes(begin, end)
+        for (name, begin), end in zip(done.host.marks, host_marks[1:], strict=False)
+    }
     for name in ("first_step", "steady_steps", "save", "evaluate", "resume"):
         begin, end = summary.bounds[name]
         peak = summary.peak(begin, end)
         phases[name] = PhasePlan(
-            live_bytes=peak.live_bytes, allocated_bytes=None, reserved_bytes=None, host_bytes=0,
-            categories=peak.categories, instant=peak.instant, module=peak.module,
-            operation=peak.operation,
+            live_bytes=peak.live_bytes, allocated_bytes=None, reserved_bytes=None,
+            host_bytes=waits[name], categories=peak.categories, instant=peak.instant,
+            module=peak.module, operation=peak.operation,
         )  # fmt: skip
     if target.kind == "cuda":
         if done.loads_on_device:
-            _replay(phases, {"load": (0, len(done.load.tensors))}, done.load)
+            _replay(phases, {"load": (0, len(load.tensors))}, load)
         bounds = {"load": (0, first)} if not done.loads_on_device else {}
         _replay(phases, bounds | summary.bounds, done.trace)
     return phases

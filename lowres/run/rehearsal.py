@@ -41,6 +41,7 @@ class Rehearsal:
     Args:
         load: Events while the model is loaded and adapted, on the device it is loaded to.
         trace: Everything after that, on the compute device, at full depth.
+        host: The same of host memory, where levers keep tensors off the device.
         runs: How the blocks were grouped.
         trainable: Parameters.
         saved_bytes: Of all trained parameters.
@@ -54,6 +55,7 @@ class Rehearsal:
 
     load: Trace
     trace: Trace
+    host: Trace
     runs: list[shorten.Run]
     names: tuple[str, ...]
     trainable: int
@@ -181,8 +183,9 @@ class _Stage:
             # From the last run to the first, so that places before it are still those of the trace.
             start = sum(len(r.kept) for r in self.runs[: self.runs.index(run)])
             trace = extend(trace, start, run.length - len(run.kept))
+        trace, host = trace.apart()
         return Rehearsal(
-            load=load, trace=trace, runs=self.runs, names=self.names,
+            load=load, trace=trace, host=host, runs=self.runs, names=self.names,
             trainable=self.trainable, total=self.total, saved_bytes=self.saved_bytes,
             tokens=tokens, passes=passes, repeats=repeats,
             loads_on_device=self.loads_on_device, largest_bytes=self.largest_bytes,
