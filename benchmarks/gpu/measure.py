@@ -96,7 +96,7 @@ class Measuring:
         early = torch.cuda.is_available() and recipe.model.init == "random"
         built = build.assemble(recipe, inputs, load=weights.fresh_model) if early else None
         with self._turn():
-            accelerator = accelerate.make(recipe.loop)
+            accelerator = accelerate.make(recipe)
             if self.capacity_bytes is not None:
                 _, total = torch.cuda.mem_get_info()
                 torch.cuda.set_per_process_memory_fraction(self.capacity_bytes / total)

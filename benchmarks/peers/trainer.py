@@ -36,7 +36,7 @@ class Lowres:
 
     def __init__(self, recipe: Any, folder: Path) -> None:
         self.built = lowres.build(recipe)
-        accelerator = accelerate.make(recipe.loop)
+        accelerator = accelerate.make(recipe)
         module, optimizer = accelerator.prepare(self.built.model, self.built.optimizer)
         self.built.learner.module = module
         self.optimizer = optimizer

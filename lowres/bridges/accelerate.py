@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowres.core.errors import InputError, Problem
+from lowres.core.parts import fold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,8 +22,10 @@ TRAINED = "trained.safetensors"
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def make(loop: Loop) -> Any:
+def make(recipe: Recipe) -> Any:
     """The Accelerator of a run: the environment (`accelerate launch`) decides device and processes.
+
+    Levers change its options (`on_accelerator`).
 
     Raises:
         InputError: When the device cannot do the precision asked for.
@@ -30,12 +33,21 @@ def make(loop: Loop) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    from lowres.bridges import deepspeed
+
+    loop = recipe.loop
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # accelerate keeps the first Accelerator's precision for the whole Python process; a second
         # run in it may want another.
         AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return Accelerator(mixed_precision=loop.precision)
+        options = fold({"mixed_precision": loop.precision}, recipe.levers, "on_accelerator")
+        made = Accelerator(**options)
+        if options.get("deepspeed_plugin") is not None:
+            deepspeed.complete(
+                made.deepspeed_plugin, loop.micro_batch_size, made.num_processes, loop.max_grad_norm
+            )
+        return made
     except (ValueError, RuntimeError) as error:
         if loop.precision == "no":
             raise
@@ -113,11 +125,15 @@ def checkpoint_trained_only(accelerator: Any, model: nn.Module) -> None:
 
     def save(_models: list[nn.Module], weights: list[Any], folder: str) -> None:
         weights.clear()
+        if uses_deepspeed(accelerator):
+            return  # Its own checkpoint holds them, each process its part.
         if accelerator.is_main_process:
             save_file({n: p.contiguous() for n, p in trained().items()}, Path(folder) / TRAINED)
 
     def load(models: list[nn.Module], folder: str) -> None:
         models.clear()
+        if uses_deepspeed(accelerator):
+            return
         there = load_file(Path(folder) / TRAINED)
         own = trained()
         if there.keys() != own.keys():
@@ -130,6 +146,23 @@ def checkpoint_trained_only(accelerator: Any, model: nn.Module) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def uses_deepspeed(accelerator: Any) -> bool:
+    """Whether updates and checkpoints are DeepSpeed's."""
+    return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+
+
+def save_state(accelerator: Any, folder: Path) -> None:
+    """Write what a resumed run reads; frozen parameters are left out."""
+    frozen = {"exclude_frozen_parameters": True} if uses_deepspeed(accelerator) else {}
+    accelerator.save_state(str(folder), safe_serialization=True, **frozen)
+
+
+def load_state(accelerator: Any, folder: Path) -> None:
+    """Read it back."""
+    frozen = {"load_module_strict": False} if uses_deepspeed(accelerator) else {}
+    accelerator.load_state(str(folder), **frozen)
 
 
 @contextlib.contextmanager

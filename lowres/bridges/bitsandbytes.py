@@ -191,9 +191,12 @@ def is_quantised(parameter: nn.Parameter) -> bool:
 
 
 def element_count(parameter: nn.Parameter) -> int:
-    """Weights that a parameter stands for; two lie in each byte of a 4-bit one."""
+    """Weights that a parameter stands for; two lie in each byte of a 4-bit one, and of one that
+    DeepSpeed divides among processes nothing is left in its own place.
+    """
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(state.shape.numel())
+    whole = getattr(parameter, "ds_numel", parameter.numel())
+    return int(whole) if state is None else int(state.shape.numel())
 
 
 def quantisation_state(place: nn.Module | nn.Parameter) -> list[torch.Tensor]:

@@ -239,6 +239,13 @@ class Lever(Part):
     """Of a lossy lever: distance of the gradients from those without it, relative to these, up to
     which it is rounding and no mistake; before training, all trained parameters as one vector."""
 
+    whole_process: ClassVar[bool] = False
+    """Whether it changes the process for good, so that the next run wants another one."""
+
+    def on_accelerator(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of `accelerate.Accelerator`, before anything else is made."""
+        return options
+
     def on_load(self, request: LoadRequest) -> LoadRequest:
         return request
 

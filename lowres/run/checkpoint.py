@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lowres.bridges import accelerate
 from lowres.core.errors import InputError, LowresError
 from lowres.core.record import Event
 from lowres.core.units import MIB, format_bytes
@@ -62,7 +63,7 @@ def save(accelerator: Any, output: Path, progress: Progress, keep: int) -> int:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(aside), safe_serialization=True)
+            accelerate.save_state(accelerator, aside)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (aside / _PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
@@ -106,7 +107,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 def load(accelerator: Any, folder: Path) -> None:
     """Put weights, optimizer states and random states back."""
-    accelerator.load_state(str(folder))
+    accelerate.load_state(accelerator, folder)
 
 
 def progress_of(folder: Path, digest: str, recipe: dict[str, Any]) -> Progress:

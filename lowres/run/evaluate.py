@@ -62,7 +62,7 @@ def _predict(
     meter: Meter,
     held: Callable[[], Iterable[torch.Tensor]],
 ) -> list[Prediction]:
-    from lowres.bridges import accelerate
+    from lowres.bridges import accelerate, deepspeed
 
     side = recipe.objective.padding_side("predict", recipe.task, learner.kind)
     size = recipe.loop.eval_batch_size or recipe.loop.micro_batch_size
@@ -71,15 +71,17 @@ def _predict(
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     done: list[tuple[int, Prediction]] = []
     pad_id = int(learner.tokenizer.pad_token_id)
-    for number, members in enumerate(
-        batches[accelerator.process_index :: accelerator.num_processes]
-    ):
+    # Where weights are divided, every process must make the same passes, so each makes all.
+    together = deepspeed.partitions_weights(learner.base)
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    for number, members in enumerate(batches if together else own):
         batch = collate([rows[i] for i in members], pad_id, side)
         batch = {k: v.to(accelerator.device) for k, v in batch.items()}
         with meter.phase("evaluate", held if number == 0 else None), accelerator.autocast():
             predicted = recipe.objective.predict(learner, batch, recipe.task)
         done += zip(members, predicted, strict=True)
-    done = accelerate.gather(accelerator, done)
+    if not together:
+        done = accelerate.gather(accelerator, done)
     return [p for _, p in sorted(done, key=lambda pair: pair[0])]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowres.bridges import accelerate, peft, transformers
+from lowres.bridges import accelerate, deepspeed, peft, transformers
 from lowres.bridges.bitsandbytes import element_count
 from lowres.core.errors import InputError, Interrupted, LowresError, OutOfMemory, Problem
 from lowres.core.recipe import Recipe
@@ -50,7 +50,7 @@ def execute(
         LowresError: When the run failed; the record says how.
     """
     started = time.monotonic()
-    accelerator = accelerate.make(recipe.loop)
+    accelerator = accelerate.make(recipe)
     reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
     folder, found = _folder(recipe, accelerator, output_folder, resume)
     record = _new_record(recipe, accelerator)
@@ -232,7 +232,7 @@ def _plan_line(recipe: Recipe) -> str:
 
 
 def _count(model: torch.nn.Module) -> Parameters:
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(element_count(p) for p in model.parameters() if p.requires_grad)
     return Parameters(trainable, sum(element_count(p) for p in model.parameters()))
 
 
@@ -250,9 +250,11 @@ def _describe(reporter: Reporter, record: RunRecord, meter: Meter) -> None:
 def _save_model(
     recipe: Recipe, learner: Any, accelerator: Any, folder: Path, record: RunRecord
 ) -> None:
+    with deepspeed.gathered(learner.base):
+        if accelerator.is_main_process:
+            with checkpoint.writing("the model", folder):
+                transformers.save(learner.base, learner.tokenizer, folder / output.MODEL)
     if accelerator.is_main_process:
-        with checkpoint.writing("the model", folder):
-            transformers.save(learner.base, learner.tokenizer, folder / output.MODEL)
         record.measured.saved_bytes = checkpoint.folder_bytes(folder / output.MODEL)
     accelerator.wait_for_everyone()
 

@@ -1,0 +1,208 @@
+"""The only door to DeepSpeed: its settings, its processes on machines without a GPU, its updates.
+
+Source: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models,
+https://arxiv.org/abs/1910.02054; ZeRO-Offload, https://arxiv.org/abs/2101.06840.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowres.core.errors import Diverged, InputError, OutOfMemory, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lowres.core.engine import Engine
+    from lowres.core.learner import Learner
+
+
+def problem() -> str | None:
+    """Why DeepSpeed cannot be used here, with what would mend it; None when it can."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed; DS_BUILD_OPS=0 pip install deepspeed"
+    return None
+
+
+def nvme_problem() -> str | None:
+    """Why states cannot be kept on a disk here; None when they can."""
+    if shutil.which("ninja") is None or shutil.which("g++") is None:
+        return "DeepSpeed builds its asynchronous reader with ninja and g++; install both"
+    import ctypes.util
+
+    if ctypes.util.find_library("aio") is None:
+        return "libaio is not there; apt-get install libaio-dev"
+    return None
+
+
+def settings_from(path: str) -> dict[str, Any]:
+    """A DeepSpeed JSON.
+
+    Raises:
+        InputError: Where it cannot be read or asks for no ZeRO stage.
+    """
+    where = "levers.zero.config"
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("the recipe", [Problem(where, f"'{path}': {error.strerror}")]) from None
+    except ValueError as error:
+        raise InputError("the recipe", [Problem(where, f"'{path}' is no JSON: {error}")]) from None
+    if not isinstance(found, dict) or "zero_optimization" not in found:
+        text = f"'{path}' has no zero_optimization, so it asks for no ZeRO stage"
+        raise InputError("the recipe", [Problem(where, text)])
+    return found
+
+
+def plugin(settings: Mapping[str, Any]) -> Any:
+    """accelerate's plugin for these settings; starts a group of one process where none was
+    launched, and answers accelerate's device checks where there is no GPU.
+    """
+    _become_a_process()
+    _allow_cpu()
+    _quiet()
+    from accelerate import DeepSpeedPlugin
+
+    return DeepSpeedPlugin(hf_ds_config=dict(settings), zero3_init_flag=False)
+
+
+def complete(
+    plugin_: Any, micro_batch_size: int, processes: int, max_grad_norm: float | None
+) -> None:
+    """Fill in what DeepSpeed wants to know of the loop.
+
+    lowres counts micro-batches itself, so that DeepSpeed sees updates of one.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    # transformers would divide weights while it loads them, before methods and freezing have seen
+    # them; DeepSpeed divides them when it takes the model over.
+    unset_hf_deepspeed_config()
+    settings = plugin_.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = micro_batch_size
+    settings["gradient_accumulation_steps"] = 1
+    settings["train_batch_size"] = micro_batch_size * processes
+    settings["gradient_clipping"] = max_grad_norm or 0.0
+    settings["zero_allow_untested_optimizer"] = True
+    settings["zero_force_ds_cpu_optimizer"] = False
+
+
+def is_engine(module: Any) -> bool:
+    """Whether a module was wrapped by DeepSpeed."""
+    return type(module).__name__ == "DeepSpeedEngine"
+
+
+def partitions_weights(model: nn.Module) -> bool:
+    """Whether a model's parameters are divided among the processes (stage 3)."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module, trained_only: bool = True) -> Iterator[None]:
+    """Put divided parameters together while the block runs; every process must enter."""
+    chosen = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if trained_only:
+        chosen = [p for p in chosen if p.requires_grad]
+    if not chosen:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(chosen, modifier_rank=None):
+        yield
+
+
+class ZeroUpdates:
+    """An engine whose gradients, states and updates are DeepSpeed's."""
+
+    def __init__(self, inner: Engine) -> None:
+        self.learner: Learner = inner.learner
+        self.optimizer = inner.optimizer
+        self.engine: Any = inner.learner.module
+        self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._processes = int(self.engine.dp_world_size)
+        self._clipping = float(self.engine.gradient_clipping())
+
+    def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
+        # DeepSpeed averages over processes; the sum is wanted.
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss_sum * (share * self._processes))
+
+    def update(self, lr: float, max_grad_norm: float | None) -> float | None:
+        if (max_grad_norm or 0.0) != self._clipping:
+            raise ValueError(f"DeepSpeed was told to clip to {self._clipping}, not {max_grad_norm}")
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        norm = None if norm is None else float(norm)
+        if norm is not None and not math.isfinite(norm):
+            raise Diverged(
+                f"the gradient norm is {norm}; lower optimizer.lr, or compute in a wider type "
+                "(loop.precision, model.dtype)"
+            )
+        return norm if max_grad_norm is not None else None
+
+    def discard(self) -> None:
+        raise OutOfMemory(
+            "out of memory under DeepSpeed, which has divided the gradients already; lower "
+            "loop.micro_batch_size and --resume"
+        )
+
+
+def states(optimizer: Any) -> Sequence[Mapping[str, Any]]:
+    """The states that DeepSpeed's optimizer holds for its flat partitions."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return list(getattr(inner, "state", {}).values())
+
+
+def _become_a_process() -> None:
+    """The environment of a launcher, for one process that was started without."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def _allow_cpu() -> None:
+    """Without a GPU accelerate names no backend for DeepSpeed's processes: gloo serves them."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    usual = PartialState._prepare_backend
+    if getattr(usual, "answers_for_cpu", False):
+        return
+
+    def answered(self: Any, cpu: bool = False, *arguments: Any, **named: Any) -> Any:
+        if not cpu and int(os.environ.get("LOCAL_RANK", -1)) != -1:
+            return "gloo", DistributedType.MULTI_CPU
+        return usual(self, cpu, *arguments, **named)
+
+    answered.answers_for_cpu = True  # type: ignore[attr-defined]
+    PartialState._prepare_backend = answered
+
+
+def _quiet() -> None:
+    """DeepSpeed tells of each of its steps at the level of warnings."""
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

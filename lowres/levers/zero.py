@@ -1,0 +1,119 @@
+"""Divide or move optimizer states, gradients and parameters with DeepSpeed's ZeRO.
+
+Paper: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, Rajbhandari 2019.
+https://arxiv.org/abs/1910.02054
+
+Departs from the paper: as DeepSpeed does it; on one device nothing is divided, and what is saved is
+what is offloaded (ZeRO-Offload, https://arxiv.org/abs/2101.06840).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lowres.core.parts import Lever, PositiveInt, part
+
+if TYPE_CHECKING:
+    from lowres.core.engine import Engine
+    from lowres.core.recipe import Recipe
+
+Place = Literal["none", "cpu", "nvme"]
+
+
+@part
+class Zero(Lever):
+    """Stages: 1 divides optimizer states among processes, 2 gradients too, 3 parameters too.
+
+    States are updated by torch's optimizer where they lie, so no compiler is needed for it.
+
+    Args:
+        offload_optimizer: Where states and the update live.
+        offload_parameters: Where parameters wait until a layer needs them; stage 3.
+        nvme_path: Folder on a fast disk, for `nvme`.
+        bucket_elements: Gradients that are reduced together; held twice on the device.
+        pin_memory: Lock the pages of what is offloaded: faster, and cannot be swapped out.
+        config: A DeepSpeed JSON instead of the fields above; `auto` values are filled in.
+    """
+
+    effect: ClassVar[Literal["exact", "lossy"]] = "exact"
+    whole_process: ClassVar[bool] = True
+
+    stage: Literal[1, 2, 3] = 2
+    offload_optimizer: Place = "cpu"
+    offload_parameters: Place = "none"
+    nvme_path: str | None = None
+    bucket_elements: PositiveInt = 5_000_000
+    pin_memory: bool = False
+    config: str | None = None
+
+    def check(self, recipe: Recipe) -> Iterator[str]:
+        from lowres.bridges import deepspeed
+
+        missing = deepspeed.problem()
+        if missing is not None:
+            yield missing
+        yield from self._own_fields()
+        places = {self.offload_optimizer, self.offload_parameters}
+        if "nvme" in places:
+            missing = deepspeed.nvme_problem()
+            if self.nvme_path is None:
+                yield "nvme wants a folder; set nvme_path"
+            elif missing is not None:
+                yield f"offloading to nvme: {missing}"
+        if self.stage == 3 and any(lever.name.endswith("_weights") for lever in recipe.levers):
+            yield (
+                "stage 3 divides weights that it can read, and not packed ones; use stage 2, or "
+                "drop the lever that packs them"
+            )
+        if "8bit" in recipe.optimizer.name:
+            yield (
+                f"'{recipe.optimizer.name}' keeps its states on the device in its own form; use "
+                "adamw, whose states DeepSpeed can divide and move"
+            )
+        if recipe.loop.precision == "fp16":
+            yield "under fp16 DeepSpeed scales the loss by its own rules; use loop.precision: bf16"
+
+    def _own_fields(self) -> Iterator[str]:
+        usual = type(self)()
+        given = [name for name in ("stage", "offload_optimizer", "offload_parameters", "nvme_path",
+                                   "bucket_elements", "pin_memory")
+                 if getattr(self, name) != getattr(usual, name)]  # fmt: skip
+        if self.config is not None and given:
+            yield f"config and {', '.join(given)} say the same twice; give one of the two"
+        if self.offload_parameters != "none" and self.stage != 3:
+            yield f"stage {self.stage} does not move parameters; use stage 3, or offload_optimizer"
+
+    def on_accelerator(self, options: dict[str, Any]) -> dict[str, Any]:
+        from lowres.bridges import deepspeed
+
+        return options | {"deepspeed_plugin": deepspeed.plugin(self._settings())}
+
+    def on_engine(self, engine: Engine) -> Engine:
+        from lowres.bridges import deepspeed
+
+        if not deepspeed.is_engine(engine.learner.module):
+            raise NotImplementedError("DeepSpeed's own buffers are not planned")
+        return deepspeed.ZeroUpdates(engine)
+
+    def _settings(self) -> Mapping[str, Any]:
+        from lowres.bridges import deepspeed
+
+        if self.config is not None:
+            return deepspeed.settings_from(self.config)
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "reduce_bucket_size": self.bucket_elements,
+            "allgather_bucket_size": self.bucket_elements,
+        }
+        for key, place in (
+            ("offload_optimizer", self.offload_optimizer),
+            ("offload_param", self.offload_parameters),
+        ):
+            if place != "none":
+                zero[key] = {"device": place, "pin_memory": self.pin_memory}
+                if place == "nvme":
+                    zero[key]["nvme_path"] = self.nvme_path
+        if self.stage == 3:
+            zero["stage3_prefetch_bucket_size"] = self.bucket_elements
+        return {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}

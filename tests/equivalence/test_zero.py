@@ -1,0 +1,127 @@
+"""DeepSpeed's ZeRO against the plain run: one and two processes, resumed, read by plain PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import lowres
+from tests.conftest import ROOT
+from tests.equivalence.test_peft_format import READER
+
+ZERO2 = {"name": "zero"}
+ZERO3 = {"name": "zero", "stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
+CASES = [
+    pytest.param(ZERO2, 1),
+    pytest.param(ZERO3, 1, marks=pytest.mark.slow),
+    pytest.param(ZERO2, 2, marks=pytest.mark.slow),
+    pytest.param(ZERO3, 2),
+]
+TOLERANCE = 1e-5
+"""Of losses: sums over processes and buckets are made in another order."""
+
+
+@pytest.fixture(scope="module")
+def keys(raw_recipe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    loop = {"steps": 4, "micro_batch_size": 2, "save_every": 2}
+    return raw_recipe("encoder", method="lora", loop=loop)
+
+
+@pytest.fixture(scope="module")
+def plain(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    return lowres.run(lowres.load_recipe(keys), output_folder=folder, quiet=True)
+
+
+def launched(recipe: Path, processes: int, stage: int, *arguments: str) -> str:
+    """Run in processes of its own, by accelerate's launcher where there are several. What counts is
+    the record: DeepSpeed may abort while Python ends."""
+    run = ["-m", "lowres", "run", str(recipe), *arguments]
+    command = [sys.executable, *run]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        config = ROOT / "recipes" / "accelerate" / f"zero{stage}-cpu-offload.yaml"
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
+            "--num_processes", str(processes), "--main_process_port", str(port), *run,
+        ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    return done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("lever", "processes"), CASES)
+def test_the_losses_are_those_of_the_plain_run(
+    lever: dict[str, Any], processes: int, keys: dict[str, Any], plain: Any, tmp_path: Path
+) -> None:
+    """Reference: the plain run; a resumed one is equal bit for bit; plain PEFT reads the adapter."""
+    recipe, whole, again = tmp_path / "r.yaml", tmp_path / "whole", tmp_path / "again"
+    recipe.write_text(yaml.safe_dump(keys | {"levers": [lever]}))
+    stage = lever.get("stage", 2)
+    said = launched(recipe, processes, stage, "--output", str(whole))
+    assert (whole / "record.json").exists(), said
+    record = json.loads((whole / "record.json").read_text())
+    assert record["outcome"] == "ok" and record["environment"]["processes"] == processes
+    assert record["losses"] == pytest.approx(plain.losses, rel=TOLERANCE)
+    assert [s["value"] for s in record["scores"]] == pytest.approx([s.value for s in plain.scores])
+
+    again.mkdir()
+    shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
+    said = launched(recipe, processes, stage, "--resume", str(again / "checkpoint-2"))
+    resumed = json.loads((again / "record.json").read_text())
+    assert resumed["losses"] == record["losses"], said
+    name = "model/adapter_model.safetensors"
+    ours, theirs = load_file(whole / name), load_file(again / name)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+    reference = load_file(Path(plain.folder) / name)
+    assert ours.keys() == reference.keys()
+    subprocess.run(
+        [sys.executable, "-c", READER, keys["model"]["checkpoint"], str(whole / "model"),
+         "classification", str(tmp_path / "logits.pt")],
+        check=True, timeout=240, cwd=tmp_path,
+    )  # fmt: skip
+    assert torch.load(tmp_path / "logits.pt", weights_only=True).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("lever", "said"),
+    [
+        ({"offload_parameters": "cpu"}, "use stage 3"),
+        ({"offload_optimizer": "nvme"}, "nvme_path"),
+        ({"config": "x.json", "stage": 3}, "twice"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    lever: dict[str, Any], said: str, raw_recipe: Callable[..., dict[str, Any]]
+) -> None:
+    """Behaviour: before anything is loaded, with what to do."""
+    keys = raw_recipe("encoder", method="lora", levers=[{"name": "zero", **lever}])
+    with pytest.raises(lowres.InputError, match=said):
+        lowres.load_recipe(keys)
+
+
+def test_packed_weights_and_packed_states_are_refused(
+    raw_recipe: Callable[..., dict[str, Any]],
+) -> None:
+    """Behaviour: stage 3 cannot divide what is packed, nor DeepSpeed move 8-bit states."""
+    keys = raw_recipe(
+        "decoder", method="lora", objective="label_words", levers=["nf4_weights", ZERO3],
+        optimizer={"name": "adamw_8bit", "lr": 1e-3},
+    )  # fmt: skip
+    with pytest.raises(lowres.InputError) as refusal:
+        lowres.load_recipe(keys)
+    assert "use stage 2" in str(refusal.value) and "use adamw" in str(refusal.value)
