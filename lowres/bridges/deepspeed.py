@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lowres.core.engine import Engine
     from lowres.core.learner import Learner
 
+_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+
 
 def problem() -> str | None:
     """Why DeepSpeed cannot be used here, with what would mend it; None when it can."""
@@ -69,6 +71,7 @@ def plugin(settings: Mapping[str, Any]) -> Any:
     """accelerate's plugin for these settings; starts a group of one process where none was
     launched, and answers accelerate's device checks where there is no GPU.
     """
+    _take_over(settings)
     _become_a_process()
     _allow_cpu()
     _quiet()
@@ -165,6 +168,24 @@ def states(optimizer: Any) -> Sequence[Mapping[str, Any]]:
     """The states that DeepSpeed's optimizer holds for its flat partitions."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return list(getattr(inner, "state", {}).values())
+
+
+def _take_over(settings: Mapping[str, Any]) -> None:
+    """The recipe says what is divided and moved; accelerate refuses to be told twice.
+
+    Raises:
+        InputError: Where the launcher's configuration wants another stage.
+    """
+    asked, stage = os.environ.get(_STAGE), settings["zero_optimization"].get("stage")
+    if asked is not None and asked != str(stage):
+        text = (
+            f"the launcher's configuration says stage {asked}, the recipe stage {stage}; give "
+            "both the same"
+        )
+        raise InputError("the recipe", [Problem("levers.zero.stage", text)])
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_DEEPSPEED_") or name == "ACCELERATE_CONFIG_DS_FIELDS":
+            del os.environ[name]
 
 
 def _become_a_process() -> None:

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import lowres
+from lowres.core.errors import InputError
 from tests.conftest import ROOT
 from tests.equivalence.test_peft_format import READER
 
@@ -66,7 +67,7 @@ def launched(recipe: Path, processes: int, stage: int, *arguments: str) -> str:
 def test_the_losses_are_those_of_the_plain_run(
     lever: dict[str, Any], processes: int, keys: dict[str, Any], plain: Any, tmp_path: Path
 ) -> None:
-    """Reference: the plain run; a resumed one is equal bit for bit; plain PEFT reads the adapter."""
+    """Reference: the plain run. Resumed it is equal bit for bit; plain PEFT reads the adapter."""
     recipe, whole, again = tmp_path / "r.yaml", tmp_path / "whole", tmp_path / "again"
     recipe.write_text(yaml.safe_dump(keys | {"levers": [lever]}))
     stage = lever.get("stage", 2)
@@ -110,7 +111,7 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     """Behaviour: before anything is loaded, with what to do."""
     keys = raw_recipe("encoder", method="lora", levers=[{"name": "zero", **lever}])
-    with pytest.raises(lowres.InputError, match=said):
+    with pytest.raises(InputError, match=said):
         lowres.load_recipe(keys)
 
 
@@ -122,6 +123,6 @@ def test_packed_weights_and_packed_states_are_refused(
         "decoder", method="lora", objective="label_words", levers=["nf4_weights", ZERO3],
         optimizer={"name": "adamw_8bit", "lr": 1e-3},
     )  # fmt: skip
-    with pytest.raises(lowres.InputError) as refusal:
+    with pytest.raises(InputError) as refusal:
         lowres.load_recipe(keys)
     assert "use stage 2" in str(refusal.value) and "use adamw" in str(refusal.value)
