@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,7 +34,15 @@ class Staged:
 
     def __init__(self, engine: Engine, tracer: Tracer, after: Callable[[Learner], None]) -> None:
         self._engine, self._tracer, self._after = engine, tracer, after
+        self.accelerator = engine.accelerator
         self.learner, self.optimizer = engine.learner, engine.optimizer
+        self.keeps_gradients = engine.keeps_gradients
+
+    def begin(self, lr: float) -> None:
+        self._engine.begin(lr)
+
+    def passes(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        return self._engine.passes()
 
     def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
         self._tracer.enter("backward")
@@ -46,6 +55,34 @@ class Staged:
 
     def discard(self) -> None:
         self._engine.discard()
+
+
+def watch_updates(
+    engine: Engine, tracer: Tracer, name: Callable[[torch.Tensor | None, str], None]
+) -> None:
+    """Tell gradients as they come, and make an optimizer's step a stage of its own: both may be in
+    the middle of a backward pass.
+
+    Args:
+        name: Tells a tensor's category.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    before: list[tuple[str, list[str]]] = []
+
+    def begin(*_: Any) -> None:
+        before.append((tracer.stage, list(tracer.modules)))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name(parameter.grad, "gradients")
+        # The place stays: in a backward pass it is the block whose parameter is updated.
+        tracer.stage = "optimizer step"
+        tracer.modules.clear()
+
+    def end(*_: Any) -> None:
+        tracer.stage, tracer.modules[:] = before.pop()
+
+    optimizer.register_step_pre_hook(begin)
+    optimizer.register_step_post_hook(end)
 
 
 def weights_of(learner: Learner) -> Iterator[tuple[torch.Tensor, int, str, str]]:
