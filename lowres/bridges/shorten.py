@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -108,3 +109,13 @@ def _tell_config(config: Any, inside: list[int]) -> None:
         if isinstance(kinds, list | tuple):
             setattr(config, key, [kinds[i] for i in inside])
     config.num_hidden_layers = len(inside)
+
+
+def left_out(runs: Sequence[Run]) -> Counter[int]:
+    """By place among the kept blocks: how many blocks like the one there were left out."""
+    out: Counter[int] = Counter()
+    start = 0
+    for run in runs:
+        out[start + 1] = run.length - len(run.kept)
+        start += len(run.kept)
+    return out

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from lowres.core.errors import LowresError
+from lowres.memory.host import HostLedger, note_on_host
 from lowres.memory.trace import OUTSIDE, Birth, Cost, Trace
 from lowres.memory.values import (
     CHOOSING,
@@ -36,7 +37,9 @@ from lowres.memory.values import (
     dimension,
     is_list_of_tensors,
     must_stay_fake,
+    on_meta,
     round_robin,
+    set_while,
     stand_in_value,
     too_large,
 )
@@ -63,6 +66,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.modules: list[str] = []
         self.recording = True
         self.costing = False
+        self.host = HostLedger()
+        self._on_host = False
         self._latest_place = OUTSIDE
         self.after_operation: Callable[[Any, Any, Any], None] | None = None
         self._numbers: dict[int, int] = {}
@@ -78,24 +83,25 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mark(self, name: str) -> None:
         """A phase or stage begins."""
         self.trace.marks.append((name, len(self.trace.tensors)))
+        self.host.mark(name)
 
     def hold(self, tensors: Iterable[tuple[torch.Tensor, int, str, str]]) -> None:
         """Count tensors that exist already: (tensor, place, module path, category)."""
         for tensor, place, module, category in tensors:
+            self.host.forget(tensor)
             self._note(tensor, "", place, module, category)
 
     def number(self, tensor: torch.Tensor) -> int | None:
         """The number of a tensor's storage in the trace."""
         return self._numbers.get(tensor.untyped_storage()._cdata)
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> contextlib.AbstractContextManager[None]:
         """Births in here are not recorded; deaths of recorded tensors are."""
-        before, self.recording = self.recording, False
-        try:
-            yield
-        finally:
-            self.recording = before
+        return set_while(self, "recording", False)
+
+    def on_host(self) -> contextlib.AbstractContextManager[None]:
+        """Births in here are counted on the host, and work takes the host's time."""
+        return set_while(self, "_on_host", True)
 
     def workspace(self, size_bytes: int, operation: str) -> None:
         """Memory that an operation takes and gives back inside."""
@@ -133,7 +139,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return stand_in_value(args[0].dtype)
         out = self._run(func, types, args, kwargs)
-        if self.recording:
+        if self._on_host:
+            note_on_host(self, func, args, kwargs, out)
+        elif self.recording:
             self._note_all(func, args, out)
             if func.namespace not in _KNOWN:
                 self._unknown(func, args, kwargs, out)
@@ -148,7 +156,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [x for x in flat if isinstance(x, torch.Tensor)]
         if any(isinstance(t, FakeTensor) for t in tensors):
             return self._run_fake(func, types, args, kwargs)
-        if _on_meta(tensors, kwargs):
+        if on_meta(tensors, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if not tensors:
@@ -194,13 +202,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note_all(self, func: Any, args: Any, out: Any) -> None:
         if isinstance(out, torch.Tensor):
-            self._note(out, func, self._place_by(args, None))
+            self._note(out, func, self.place_by(args, None))
         elif isinstance(out, list | tuple):
             for position, leaf in enumerate(out):
                 if isinstance(leaf, torch.Tensor):
-                    self._note(leaf, func, self._place_by(args, position))
+                    self._note(leaf, func, self.place_by(args, position))
 
-    def _place_by(self, args: Any, position: int | None) -> int:
+    def place_by(self, args: Any, position: int | None) -> int:
         """Outside of modules (optimizer, clipping) work belongs to the block of its input.
 
         Args:
@@ -218,8 +226,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(first, torch.Tensor):
             return OUTSIDE
         number = self.number(first)
-        if number is not None:
-            self._latest_place = self.trace.births[number].place
+        place = self.host.place(first) if number is None else self.trace.births[number].place
+        if place is not None:
+            self._latest_place = place
         return self._latest_place
 
     def _note(
@@ -274,12 +283,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         trace.places.append(place)
 
     def _cost(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        place = self._place_by(args, None)
-        cost = cost_of(func, args, kwargs, out, place, self.stage, self._is_fixed)
+        place = self.place_by(args, None)
+        cost = cost_of(func, args, kwargs, out, place, self.stage, self.is_fixed)
         if cost is not None:
             self.trace.costs.append(cost)
 
-    def _is_fixed(self, tensor: torch.Tensor) -> bool:
+    def is_fixed(self, tensor: torch.Tensor) -> bool:
         number = self.number(tensor)
         return number is not None and bool(self.trace.births[number].category)
 
@@ -287,10 +296,3 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What an operation takes inside is not seen; as much as it handles is assumed."""
         unknown, handled = self.trace.unknown, handled_bytes((args, kwargs, out))
         unknown[str(func)] = max(unknown.get(str(func), 0), handled)
-
-
-def _on_meta(tensors: Iterable[torch.Tensor], kwargs: Any) -> bool:
-    """A model that is still to be given memory."""
-    device = kwargs.get("device")
-    asked = device is not None and torch.device(device).type == "meta"
-    return asked or any(t.device.type == "meta" for t in tensors)

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from lowres.bridges import bitsandbytes
+from lowres.core import host
 from lowres.memory.trace import LIBRARY
 from lowres.memory.tracer import Tracer
 
@@ -84,6 +85,8 @@ def translating(tracer: Tracer, target: Target) -> Iterator[None]:
         for owner, names in _AUTOCAST_TO_FLOAT32:
             for name in names:
                 patch(owner, name, _widened(getattr(owner, name)))
+        patch(host, "apart", lambda _: True)
+        patch(host, "on_host", tracer.on_host)
         patch(bitsandbytes, "has_integer_products", lambda _: True)
         # Clipping and optimizers use the list kernels on CUDA unless told otherwise.
         patch(_foreach_utils, "_get_foreach_kernels_supported_devices", devices)

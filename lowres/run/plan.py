@@ -12,7 +12,7 @@ import torch
 
 from lowres.bridges import rehearsal
 from lowres.core.errors import InputError
-from lowres.core.plan import Card, MemoryPlan, PhasePlan, PlanPhase, StepPlan
+from lowres.core.plan import PHASES, Card, MemoryPlan, PhasePlan, PlanPhase, StepPlan
 from lowres.core.recipe import Recipe
 from lowres.core.units import gib_to_bytes
 from lowres.memory import device as devices
@@ -171,13 +171,13 @@ def _phases(
         instant="loading" if on_device else "weights on the device",
         module=chosen.module, operation=chosen.operation,
     )  # fmt: skip
-    for name in ("first_step", "steady_steps", "save", "evaluate", "resume"):
+    for name in PHASES[1:]:
         begin, end = summary.bounds[name]
         peak = summary.peak(begin, end)
         phases[name] = PhasePlan(
-            live_bytes=peak.live_bytes, allocated_bytes=None, reserved_bytes=None, host_bytes=0,
-            categories=peak.categories, instant=peak.instant, module=peak.module,
-            operation=peak.operation,
+            live_bytes=peak.live_bytes, allocated_bytes=None, reserved_bytes=None,
+            host_bytes=done.host_bytes[name], categories=peak.categories, instant=peak.instant,
+            module=peak.module, operation=peak.operation,
         )  # fmt: skip
     if target.kind == "cuda":
         if done.loads_on_device:

@@ -24,6 +24,7 @@ from lowres.core.engine import Engine
 from lowres.core.errors import LowresError
 from lowres.core.example import Batch
 from lowres.core.learner import Learner
+from lowres.core.plan import PlanPhase
 from lowres.core.recipe import Recipe
 from lowres.memory.extend import DoesNotRepeat, extend
 from lowres.memory.places import following
@@ -50,6 +51,7 @@ class Rehearsal:
         loads_on_device: The weights are made on the compute device, not moved there afterwards.
         largest_bytes: Of the largest parameter as it is read: what the host holds while weights go
             elsewhere.
+        host_bytes: The most that each phase keeps in host memory on purpose.
     """
 
     load: Trace
@@ -64,6 +66,7 @@ class Rehearsal:
     repeats: float
     loads_on_device: bool
     largest_bytes: int
+    host_bytes: dict[PlanPhase, int]
 
 
 def rehearse(
@@ -187,6 +190,7 @@ class _Stage:
             trainable=self.trainable, total=self.total, saved_bytes=self.saved_bytes,
             tokens=tokens, passes=passes, repeats=repeats,
             loads_on_device=self.loads_on_device, largest_bytes=self.largest_bytes,
+            host_bytes=tracer.host.peaks(shorten.left_out(self.runs)),
         )  # fmt: skip
 
     def _adapted(self, learner: Learner) -> None:
@@ -281,7 +285,9 @@ class _Stage:
     def _tell_states(self, engine: Engine) -> None:
         for state in engine.optimizer.state.values():
             for value in state.values():
-                if isinstance(value, torch.Tensor) and self.tracer.number(value) is None:
+                if not isinstance(value, torch.Tensor) or value in self.tracer.host:
+                    continue
+                if self.tracer.number(value) is None:
                     # Made before the steps, such as the code books of 8-bit states.
                     self.tracer.hold([(value, OUTSIDE, "", "optimizer states")])
                 self._name(value, "optimizer states")

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from lowres.bridges import peft
 from lowres.bridges.bitsandbytes import quantisation_states
+from lowres.core import host
 from lowres.core.engine import Engine
 from lowres.core.example import Row, collate
 from lowres.core.learner import Learner
@@ -164,13 +165,18 @@ def resume(learner: Learner, engine: Engine, tracer: Tracer, target: Target) -> 
     """States read from a checkpoint take the place of none: the run is as after its start.
 
     They are read, and copied by optimizers that do, in host memory; what the optimizer holds
-    afterwards is on the device.
+    afterwards is on the device, but for what it keeps on the host.
     """
     optimizer = engine.optimizer
     tracer.enter("resume")
     with tracer:
         with target.on_host(tracer):
-            read = tree_map_only(torch.Tensor, torch.empty_like, optimizer.state_dict())
+            kept = {(parameter, key)
+                    for parameter, state in optimizer.state.items()
+                    for key, value in state.items()
+                    if isinstance(value, torch.Tensor) and value in tracer.host}  # fmt: skip
+            with host.on_host():
+                read = tree_map_only(torch.Tensor, torch.empty_like, optimizer.state_dict())
             optimizer.state.clear()
             trained = [torch.empty_like(p) for p in learner.base.parameters() if p.requires_grad]
             optimizer.load_state_dict(read)
@@ -178,6 +184,6 @@ def resume(learner: Learner, engine: Engine, tracer: Tracer, target: Target) -> 
         for parameter, state in optimizer.state.items():
             number = tracer.number(parameter)
             place = OUTSIDE if number is None else tracer.trace.births[number].place
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and (parameter, key) not in kept:
                     tracer.hold([(value, place, "", "optimizer states")])
