@@ -129,13 +129,23 @@ def gathered(model: nn.Module, trained_only: bool = True) -> Iterator[None]:
 class ZeroUpdates:
     """An engine whose gradients, states and updates are DeepSpeed's."""
 
+    keeps_gradients = True
+
     def __init__(self, inner: Engine) -> None:
+        self.accelerator = inner.accelerator
         self.learner: Learner = inner.learner
         self.optimizer = inner.optimizer
         self.engine: Any = inner.learner.module
         self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._processes = int(self.engine.dp_world_size)
         self._clipping = float(self.engine.gradient_clipping())
+
+    def begin(self, lr: float) -> None:
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * lr
+
+    def passes(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        yield contextlib.nullcontext()
 
     def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
         # DeepSpeed averages over processes; the sum is wanted.
@@ -145,8 +155,7 @@ class ZeroUpdates:
     def update(self, lr: float, max_grad_norm: float | None) -> float | None:
         if (max_grad_norm or 0.0) != self._clipping:
             raise ValueError(f"DeepSpeed was told to clip to {self._clipping}, not {max_grad_norm}")
-        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base * lr
+        self.begin(lr)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         norm = None if norm is None else float(norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lowres.core.errors import Diverged
@@ -31,10 +32,28 @@ class Accelerator(Protocol):
 
 
 class Engine(Protocol):
-    """What a procedure drives. `learner` and `optimizer` are those that levers may have wrapped."""
+    """What a procedure drives: `begin`, then for each of `passes` every micro-batch through
+    `accumulate`, then `update`. `learner` and `optimizer` are those that levers may have wrapped.
 
+    Args:
+        keeps_gradients: Whether the gradients of a micro-batch outlive its backward pass.
+    """
+
+    accelerator: Accelerator
     learner: Learner
     optimizer: torch.optim.Optimizer
+    keeps_gradients: bool
+
+    def begin(self, lr: float) -> None:
+        """An update begins.
+
+        Args:
+            lr: The factor on every group's learning rate, as `update` is given it afterwards; 1 for
+                an engine that was never told.
+        """
+
+    def passes(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        """How often the micro-batches of an update are gone through, each time in this context."""
 
     def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
         """Add one micro-batch's gradients.
@@ -57,6 +76,8 @@ class Engine(Protocol):
 class BackPropagation:
     """Plain back-propagation; gradients live until the update."""
 
+    keeps_gradients = True
+
     def __init__(
         self, accelerator: Accelerator, learner: Learner, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -66,6 +87,13 @@ class BackPropagation:
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self._trained = [p for group in optimizer.param_groups for p in group["params"]]
 
+    def begin(self, lr: float) -> None:
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * lr
+
+    def passes(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        yield contextlib.nullcontext()
+
     def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
         # accelerate's data parallelism averages over processes; the sum is wanted.
         scale = share * self.accelerator.num_processes
@@ -74,8 +102,7 @@ class BackPropagation:
             self.accelerator.backward(loss_sum * scale)
 
     def update(self, lr: float, max_grad_norm: float | None) -> float | None:
-        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base * lr
+        self.begin(lr)
         norm = None
         if max_grad_norm is not None:
             norm = float(self.accelerator.clip_grad_norm_(self._trained, max_grad_norm))

@@ -212,6 +212,9 @@ class Optimizer(Part):
     """The update rule and its states."""
 
     family: ClassVar[str] = "optimizer"
+    refuses: ClassVar[Mapping[Literal["in_backward", "on_host"], str]] = {}
+    """Why its update cannot be made for each parameter by itself in the backward pass, or not in
+    host memory, with what to do instead; nothing where it can."""
 
     def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """The optimizer over the trained parameters, given with their names."""
@@ -238,6 +241,8 @@ class Lever(Part):
     tolerance: ClassVar[float] = 0.0
     """Of a lossy lever: distance of the gradients from those without it, relative to these, up to
     which it is rounding and no mistake; before training, all trained parameters as one vector."""
+    sample_loop: ClassVar[Mapping[str, Any]] = {}
+    """Values of the loop that it needs, for the contract tests."""
 
     whole_process: ClassVar[bool] = False
     """Whether it changes the process for good, so that the next run wants another one."""

@@ -99,6 +99,9 @@ def scaled(cost: Cost, grown: float, longer: float = 1.0) -> Cost:
 
 def seconds_of(cost: Cost, rates: Rates) -> tuple[str, float, float]:
     """The class of an operation, the seconds of its work, and those the device waits for it."""
+    if cost.kind == "transfer":
+        # What the host computes is bound by its memory, which is about as fast as the bus.
+        return "transfers", cost.bytes / rates.transfer, 0.0
     rate = rates.flops.get(str(cost.dtype).removeprefix("torch.")) or rates.flops["float32"]
     moving = cost.bytes / (rates.bandwidth * rates.traffic)
     computing = 0.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from lowres.memory.values import (
     dimension,
     is_list_of_tensors,
     must_stay_fake,
+    on_meta,
     round_robin,
     stand_in_value,
     too_large,
@@ -68,6 +70,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.after_operation: Callable[[Any, Any, Any], None] | None = None
         self._numbers: dict[int, int] = {}
         self._watches: dict[int, Any] = {}
+        self._serving: dict[int, int] = {}
 
     # What is called by the one who drives the trace.
 
@@ -121,8 +124,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def close(self) -> None:
         """Stop watching; deaths from now on are not events."""
         self.trace.settle()
-        self._watches.clear()
-        self._numbers.clear()
+        for held in (self._watches, self._numbers, self._serving):
+            held.clear()
 
     # What torch calls.
 
@@ -135,13 +138,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return stand_in_value(args[0].dtype)
         out = self._run(func, types, args, kwargs)
         if self.recording:
+            if func is aten.copy_.default and host.allocating():
+                # A buffer on the host belongs to the block that it serves.
+                self._serving[self.number(args[0]) or 0] = self._place_by(args[1:], None)
             self._note_all(func, args, out)
+            if self.costing:
+                self._cost(func, args, kwargs, out)
+            if host.allocating():
+                return out  # The host has no workspaces on the device.
             if func.namespace not in _KNOWN:
                 self._unknown(func, args, kwargs, out)
             if self.after_operation is not None:
                 self.after_operation(func, args, out)
-            if self.costing:
-                self._cost(func, args, kwargs, out)
         return out
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -149,7 +157,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [x for x in flat if isinstance(x, torch.Tensor)]
         if any(isinstance(t, FakeTensor) for t in tensors):
             return self._run_fake(func, types, args, kwargs)
-        if _on_meta(tensors, kwargs):
+        if on_meta(tensors, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if not tensors:
@@ -210,8 +218,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.place != OUTSIDE or self.stage in ("forward", "backward", "predict"):
             return self.place
         tensors = [a for a in args if isinstance(a, torch.Tensor) or is_list_of_tensors(a)]
-        if not tensors:
-            # A state made from nothing, such as a step counter, goes with its neighbour.
+        if not tensors:  # A state made from nothing goes with its neighbour.
             return self._latest_place
         first = tensors[0]
         if isinstance(first, list | tuple):
@@ -220,7 +227,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return OUTSIDE
         number = self.number(first)
         if number is not None:
-            self._latest_place = self.trace.births[number].place
+            self._latest_place = self._serving.get(number, self.trace.births[number].place)
         return self._latest_place
 
     def _note(
@@ -278,8 +285,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _cost(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         place = self._place_by(args, None)
         cost = cost_of(func, args, kwargs, out, place, self.stage, self._is_fixed)
-        if cost is not None:
-            self.trace.costs.append(cost)
+        if cost is None:
+            return
+        if host.allocating():  # A copy goes over the bus once, and was counted read and written.
+            moved = cost.bytes // (2 if func is aten.copy_.default else 1)
+            cost = replace(cost, kind="transfer", bytes=moved)
+        self.trace.costs.append(cost)
 
     def _is_fixed(self, tensor: torch.Tensor) -> bool:
         number = self.number(tensor)
@@ -289,10 +300,3 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What an operation takes inside is not seen; as much as it handles is assumed."""
         unknown, handled = self.trace.unknown, handled_bytes((args, kwargs, out))
         unknown[str(func)] = max(unknown.get(str(func), 0), handled)
-
-
-def _on_meta(tensors: Iterable[torch.Tensor], kwargs: Any) -> bool:
-    """A model that is still to be given memory."""
-    device = kwargs.get("device")
-    asked = device is not None and torch.device(device).type == "meta"
-    return asked or any(t.device.type == "meta" for t in tensors)

@@ -8,7 +8,7 @@ columns (LLM.int8).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -104,3 +104,10 @@ WITHOUT_OUTLIERS: dict[str, Callable[..., Any]] = {
     "bitsandbytes.int8_mixed_scaled_mm.default": _product,
 }
 """Results of operations that would look for outlier columns."""
+
+
+def on_meta(tensors: Iterable[torch.Tensor], kwargs: Any) -> bool:
+    """A model that is still to be given memory."""
+    device = kwargs.get("device")
+    asked = device is not None and torch.device(device).type == "meta"
+    return asked or any(t.device.type == "meta" for t in tensors)

@@ -8,6 +8,7 @@ Departs from the paper: states of under 100,000 elements stay on the device (as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lowres.core.errors import InputError, Problem
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 class PagedAdamw8bit(BlockwiseAdamw):
     """bitsandbytes' PagedAdamW8bit, through CUDA's unified memory; the driver moves the pages."""
 
+    refuses: ClassVar[Mapping[Literal["in_backward", "on_host"], str]] = {
+        "on_host": "moves its states between device and host by itself, a page at a time; use "
+        "adamw with this lever, or drop the lever",
+    }
     variant: ClassVar[Literal["AdamW8bit", "PagedAdamW8bit"]] = "PagedAdamW8bit"
 
     def engine(

@@ -41,21 +41,26 @@ def make_gradients(
             repeat others.
 
     Returns:
-        Sum of the loss, targets and real tokens, over all processes.
+        Sum of the loss (the mean of several passes), targets and real tokens, over all processes.
     """
     tokens = float(sum(int(b["attention_mask"].sum()) for b in batches))
     own_targets = float(sum(objective.targets(b) for b in batches))
     targets, tokens = accelerate.sum_over_processes(accelerator, [own_targets, tokens])
-    torch.manual_seed(seed)
     loss_sum = torch.zeros((), dtype=torch.float64)
-    for number, batch in enumerate(batches):
-        if only is not None and number not in only:
-            continue
-        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
-        with accelerator.autocast():
-            loss = objective.loss(learner, batch)
-        engine.accumulate(loss, 1.0 / targets, last=number == len(batches) - 1)
-        loss_sum += loss.detach().cpu().double()
-        del loss
-    (total,) = accelerate.sum_over_processes(accelerator, [float(loss_sum)])
+    passes = 0
+    for context in engine.passes():
+        passes += 1
+        # Dropout is the same in every pass.
+        torch.manual_seed(seed)
+        with context:
+            for number, batch in enumerate(batches):
+                if only is not None and number not in only:
+                    continue
+                batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+                with accelerator.autocast():
+                    loss = objective.loss(learner, batch)
+                engine.accumulate(loss, 1.0 / targets, last=number == len(batches) - 1)
+                loss_sum += loss.detach().cpu().double()
+                del loss
+    (total,) = accelerate.sum_over_processes(accelerator, [float(loss_sum) / passes])
     return total, targets, tokens

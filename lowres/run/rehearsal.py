@@ -157,6 +157,7 @@ class _Stage:
         tracer.hold(scenes.weights_of(learner))
         with tracer:
             engine = build.engine_of(self.recipe, self.accelerator, learner, optimizer)
+        scenes.watch_updates(engine, tracer, self._name)
         if self.processes > 1:
             # DistributedDataParallel keeps a flat copy of all gradients, in buckets.
             tracer.permanent(self.saved_bytes, "gradient buckets of several processes")
@@ -235,7 +236,9 @@ class _Stage:
             with self.target.on_host(tracer):
                 batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
             only = portions.telling(batches)
-            if self.quick and (step == 0 or self.states_only):
+            engine.begin(1.0)
+            quick = self.quick and engine.keeps_gradients
+            if quick and (step == 0 or self.states_only):
                 # What a first update leaves are optimizer states, and that takes only gradients.
                 self._put_gradients(learner)
                 tracer.costing = step == 1
@@ -243,7 +246,7 @@ class _Stage:
                 engine.update(1.0, recipe.loop.max_grad_norm)
                 tracer.costing = False
                 return 0.0, 0.0, 0.0
-            if self.quick and len(only) > 1:
+            if quick and len(only) > 1:
                 # What the first micro-batch of an update leaves are gradients.
                 only -= {0}
                 self._put_gradients(learner)

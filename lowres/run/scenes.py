@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from lowres.bridges import peft
 from lowres.bridges.bitsandbytes import quantisation_states
+from lowres.core import host
 from lowres.core.engine import Engine
 from lowres.core.example import Row, collate
 from lowres.core.learner import Learner
@@ -33,7 +35,15 @@ class Staged:
 
     def __init__(self, engine: Engine, tracer: Tracer, after: Callable[[Learner], None]) -> None:
         self._engine, self._tracer, self._after = engine, tracer, after
+        self.accelerator = engine.accelerator
         self.learner, self.optimizer = engine.learner, engine.optimizer
+        self.keeps_gradients = engine.keeps_gradients
+
+    def begin(self, lr: float) -> None:
+        self._engine.begin(lr)
+
+    def passes(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        return self._engine.passes()
 
     def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
         self._tracer.enter("backward")
@@ -46,6 +56,34 @@ class Staged:
 
     def discard(self) -> None:
         self._engine.discard()
+
+
+def watch_updates(
+    engine: Engine, tracer: Tracer, name: Callable[[torch.Tensor | None, str], None]
+) -> None:
+    """Tell gradients as they come, and make an optimizer's step a stage of its own: both may be in
+    the middle of a backward pass.
+
+    Args:
+        name: Tells a tensor's category.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    before: list[tuple[str, list[str]]] = []
+
+    def begin(*_: Any) -> None:
+        before.append((tracer.stage, list(tracer.modules)))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name(parameter.grad, "gradients")
+        # The place stays: in a backward pass it is the block whose parameter is updated.
+        tracer.stage = "optimizer step"
+        tracer.modules.clear()
+
+    def end(*_: Any) -> None:
+        tracer.stage, tracer.modules[:] = before.pop()
+
+    optimizer.register_step_pre_hook(begin)
+    optimizer.register_step_post_hook(end)
 
 
 def weights_of(learner: Learner) -> Iterator[tuple[torch.Tensor, int, str, str]]:
@@ -127,13 +165,13 @@ def resume(learner: Learner, engine: Engine, tracer: Tracer, target: Target) -> 
     """States read from a checkpoint take the place of none: the run is as after its start.
 
     They are read, and copied by optimizers that do, in host memory; what the optimizer holds
-    afterwards is on the device.
+    afterwards is on the device, but for what it keeps on the host.
     """
     optimizer = engine.optimizer
     tracer.enter("resume")
     with tracer:
         with target.on_host(tracer):
-            read = tree_map_only(torch.Tensor, torch.empty_like, optimizer.state_dict())
+            read = tree_map_only(torch.Tensor, _like, optimizer.state_dict())
             optimizer.state.clear()
             trained = [torch.empty_like(p) for p in learner.base.parameters() if p.requires_grad]
             optimizer.load_state_dict(read)
@@ -144,3 +182,7 @@ def resume(learner: Learner, engine: Engine, tracer: Tracer, target: Target) -> 
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     tracer.hold([(value, place, "", "optimizer states")])
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return host.empty_like(tensor) if host.holds(tensor) else torch.empty_like(tensor)

@@ -108,6 +108,8 @@ class TrainingSession:
         with self._measured():
             recipe.freezing.before_update(self.learner.base, step)
             recipe.method.before_update(self.learner.base, step)
+            factor = schedule.factor(recipe.loop.schedule, step, self.total, self._warmup)
+            self.engine.begin(factor)
             loss_sum, targets, tokens = self._gradients(step, rows)
             loss = loss_sum / targets
             if loss != loss or abs(loss) == float("inf"):
@@ -116,7 +118,6 @@ class TrainingSession:
                     f"{values(recipe.optimizer).get('lr')}), set loop.max_grad_norm, or use "
                     "loop.precision: bf16 instead of fp16"
                 )
-            factor = schedule.factor(recipe.loop.schedule, step, self.total, self._warmup)
             norm = self._step(factor)
             if norm is not None and not math.isfinite(norm):
                 self.event("skipped", f"update {step + 1} overflowed in float16 and was skipped")

@@ -91,8 +91,14 @@ def test_an_exact_lever_changes_no_update(
 ) -> None:
     """Reference: the same recipe without the lever; equal to float32 rounding."""
     changes = {"method": sample_part("method", method), "optimizer": SMOOTH}
-    make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, **changes))
+    loop = loop_for(lever)
+    make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, loop=loop, **changes))
     compare(make([]), make([sample_part("lever", lever)]))
+
+
+def loop_for(*levers: str) -> dict[str, Any]:
+    """What the levers say that they need of the loop."""
+    return {k: v for n in levers for k, v in registry.load("lever", n).sample_loop.items()}
 
 
 def refused_or(make: Callable[[], Any]) -> Any:
@@ -168,7 +174,8 @@ def test_an_exact_lever_is_exact_beside_a_lossy_one(
 ) -> None:
     """Reference: the lossy one alone; equal to float32 rounding."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
-    make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, **changes))
+    loop = loop_for(lossy, exact)
+    make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, loop=loop, **changes))
     first = sample_part("lever", lossy)
     compare(make([first]), make([first, sample_part("lever", exact)]))
 
@@ -179,7 +186,8 @@ def test_every_ordered_pair_of_exact_levers_is_exact(
 ) -> None:
     """Reference: the recipe without either; equal to float32 rounding."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
-    make = lambda levers: refused_or(lambda: recipe(levers=levers, **changes))
+    loop = loop_for(first, second)
+    make = lambda levers: refused_or(lambda: recipe(levers=levers, loop=loop, **changes))
     compare(make([]), make([sample_part("lever", first), sample_part("lever", second)]))
 
 
