@@ -63,7 +63,7 @@ class Galore(LowRank):
             kept = right[:rank].t() if tall else left[:, :rank]
             state["projection"] = kept.to(gradient.dtype, copy=True)
             del left, right, kept
-        onto = state["projection"]
+        onto: torch.Tensor = state["projection"]
         if tall:
             return direction(state, gradient @ onto, group) @ onto.t()
         return onto @ direction(state, onto.t() @ gradient, group)
@@ -97,7 +97,7 @@ class Apollo(LowRank):
             factor = factor / small.norm(dim=along, keepdim=True).add_(1e-8)
         else:
             factor = scaled.norm() / small.norm().add_(1e-8)
-        change = gradient * factor
+        change: torch.Tensor = gradient * factor
         norm = change.norm()
         if "norm" in state:
             # Growth is limited without looking at the values, which would wait for the device.
