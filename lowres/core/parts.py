@@ -212,6 +212,8 @@ class Optimizer(Part):
     """The update rule and its states."""
 
     family: ClassVar[str] = "optimizer"
+    searched: ClassVar[bool] = False
+    """Whether `lowres fit` weighs it."""
     refuses: ClassVar[Mapping[Literal["in_backward", "on_host"], str]] = {}
     """Why its update cannot be made for each parameter by itself in the backward pass, or not in
     host memory, with what to do instead; nothing where it can."""

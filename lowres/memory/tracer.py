@@ -103,8 +103,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def workspace(self, size_bytes: int, operation: str) -> None:
         """Memory that an operation takes and gives back inside."""
-        number = self._born(size_bytes, self.place, operation, 0, "workspaces")
-        self._died(number, size_bytes)
+        self._died(self._born(size_bytes, self.place, operation, 0, "workspaces"), size_bytes)
 
     def permanent(self, size_bytes: int, operation: str) -> None:
         """Memory that a library takes and keeps."""
@@ -218,8 +217,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.place != OUTSIDE or self.stage in ("forward", "backward", "predict"):
             return self.place
         tensors = [a for a in args if isinstance(a, torch.Tensor) or is_list_of_tensors(a)]
-        if not tensors:  # A state made from nothing goes with its neighbour.
-            return self._latest_place
+        if not tensors:
+            return self._latest_place  # Made from nothing, it goes with its neighbour.
         first = tensors[0]
         if isinstance(first, list | tuple):
             first = first[position] if position is not None and position < len(first) else None
@@ -294,7 +293,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_fixed(self, tensor: torch.Tensor) -> bool:
         number = self.number(tensor)
-        return number is not None and bool(self.trace.births[number].category)
+        return number is not None and self.trace.births[number].category != ""
 
     def _unknown(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """What an operation takes inside is not seen; as much as it handles is assumed."""

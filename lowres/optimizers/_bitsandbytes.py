@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
-_EMBEDDING = re.compile(r"(^|\.)(shared|wte|wpe|[a-z_]*emb[a-z_]*)\.weight$")
+EMBEDDING = re.compile(r"(^|\.)(shared|wte|wpe|[a-z_]*emb[a-z_]*)\.weight$")
 """Embedding tables by the names that transformers gives them."""
 
 
@@ -49,7 +49,7 @@ class BlockwiseAdamw(Optimizer):
 
         groups: dict[tuple[int, float], list[nn.Parameter]] = {}
         for name, parameter in parameters:
-            bits = 32 if _EMBEDDING.search(name) else 8
+            bits = 32 if EMBEDDING.search(name) else 8
             decay = self.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((bits, decay), []).append(parameter)
         return bitsandbytes.optimizer(

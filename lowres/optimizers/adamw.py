@@ -33,6 +33,7 @@ class Adamw(Optimizer):
     """
 
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
+    searched: ClassVar[bool] = True
 
     lr: PositiveFloat
     betas: tuple[Beta, Beta] = (0.9, 0.999)

@@ -19,4 +19,5 @@ from lowres.optimizers._bitsandbytes import BlockwiseAdamw
 class Adamw8bit(BlockwiseAdamw):
     """bitsandbytes' AdamW8bit. On a CPU it is slower than AdamW, and serves to try a recipe out."""
 
+    searched: ClassVar[bool] = True
     variant: ClassVar[Literal["AdamW8bit", "PagedAdamW8bit"]] = "AdamW8bit"

@@ -20,8 +20,6 @@ LORA: tuple[dict[str, Any], ...] = (
     {"name": "lora", "rank": 16, "alpha": 32, "targets": "all-linear"},
     {"name": "lora", "rank": 8, "alpha": 16, "targets": "paper"},
 )
-_SAME_PLAN = {"paged_adamw_8bit"}
-"""Planned as their relatives: what they page out is known only when memory runs short."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def combinations(start: dict[str, Any], blocks: int, stage: int = 0) -> Iterator
     freezings: list[Any] = [{"name": "none"}]
     if blocks > 1:
         freezings.append({"name": "prefix", "frozen": blocks // 2})
-    optimizers = sorted(set(registry.names("optimizer")) - _SAME_PLAN)
+    optimizers = [n for n in registry.names("optimizer") if _searched(n)]
     for method, levers, freezing, optimizer in itertools.product(
         methods, _lever_sets(stage), freezings, optimizers
     ):
@@ -91,6 +89,11 @@ def combinations(start: dict[str, Any], blocks: int, stage: int = 0) -> Iterator
             "freezing": "none" if freezing["name"] == "none" else f"lower {blocks // 2} blocks",
         }
         yield Combination(recipe, raw, settings, tuple(lossy), methods.index(method))
+
+
+def _searched(optimizer: str) -> bool:
+    cls: Any = registry.load("optimizer", optimizer)
+    return bool(cls.searched)
 
 
 def _lever_sets(stage: int) -> Iterator[tuple[str, ...]]:
