@@ -110,6 +110,9 @@ def execute(
         # Saved before it is scored: a failure in evaluation must not cost the training.
         with meter.phase("save", session.held):
             _save_model(recipe, learner, accelerator, folder, record)
+        session.guards.end()
+        if accelerator.is_main_process:
+            session.guards.saved(folder / output.MODEL)
         session.evaluate()
         record.outcome = "ok"
     except InputError as error:
