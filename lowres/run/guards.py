@@ -224,7 +224,7 @@ def stop_at_lost(model: nn.Module, folder: Path) -> None:
 def checksum(tensor: torch.Tensor) -> int:
     """A sum over all elements' bits, read as integers, modulo 2^64; 8 MiB at most are made."""
     total = 0
-    for part in _bits(tensor).split(_CHUNK):
+    for part in torch.split(_bits(tensor), _CHUNK):
         wide = part.to(torch.int64)
         # Squared, since opposite changes of equal numbers would leave a plain sum as it was.
         total += int(wide.mul_(wide).sum())
