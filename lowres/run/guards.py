@@ -13,7 +13,7 @@ one norm of each gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -76,7 +76,7 @@ class Guards:
             missing = [name for name, p in trained.items() if id(p) not in rates]
             if missing:
                 raise GuardFailed(
-                    f"the optimizer does not hold {_some(missing)}, which would never be updated; "
+                    f"the optimizer does not hold {some(missing)}, which would never be updated; "
                     "this is a mistake in a part of the recipe, not in its values"
                 )
             self._trained = {name: checksum(p) for name, p in trained.items()}
@@ -113,12 +113,12 @@ class Guards:
                 self._largest[name] = max(largest, self._largest.get(name, 0.0))
         if missing:
             raise GuardFailed(
-                f"no gradient reaches {_some(missing)}: the loss does not depend on them, or the "
+                f"no gradient reaches {some(missing)}: the loss does not depend on them, or the "
                 "backward pass ends before them; freeze them, or drop the part that cuts it off"
             )
         if infinite and not scaled:
             raise Diverged(
-                f"the gradients of {_some(infinite)} are not finite in update {self._updates + 1}; "
+                f"the gradients of {some(infinite)} are not finite in update {self._updates + 1}; "
                 "lower optimizer.lr, or compute in a wider type (loop.precision, model.dtype)"
             )
 
@@ -145,14 +145,14 @@ class Guards:
         if still and (len(still) == len(self._trained) or len(small) < len(still)):
             named = [n for n in still if n not in small] or still
             raise GuardFailed(
-                f"after {UPDATES} updates {_some(named)} of {len(self._trained)} trained "
+                f"after {UPDATES} updates {some(named)} of {len(self._trained)} trained "
                 "parameters have not changed at all; raise optimizer.lr if it is tiny, else freeze "
                 "them or drop the part that keeps them from learning"
             )
         if small:
             self._event(
                 "moved",
-                f"updates too small for the type that holds them left {_some(small)} as they were; "
+                f"updates too small for the type that holds them left {some(small)} as they were; "
                 "raise optimizer.lr, or hold them in float32 (model.dtype)",
             )
 
@@ -166,7 +166,7 @@ class Guards:
         changed = [name for name, was in self._frozen.items() if now.get(name, was) != was]
         if changed:
             raise GuardFailed(
-                f"{_some(changed)} should be frozen and changed while training; what was saved "
+                f"{some(changed)} should be frozen and changed while training; what was saved "
                 "does not describe the model that was scored"
             )
 
@@ -216,7 +216,7 @@ def stop_at_lost(model: nn.Module, folder: Path) -> None:
     ]
     if lost:
         raise GuardFailed(
-            f"{_some(lost)} of the trained parameters are not in {folder} as they were trained; "
+            f"{some(lost)} of the trained parameters are not in {folder} as they were trained; "
             "loading it would give another model than the one that was scored"
         )
 
@@ -259,30 +259,7 @@ def _frozen_samples(model: nn.Module) -> Iterator[tuple[str, int]]:
         yield f"quantisation state {number} of {path}", _sample(tensor)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few of some names."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def remark_on_bfloat16(
-    recipe: Recipe, types: Mapping[str, torch.dtype], capability: tuple[int, int] | None
-) -> str | None:
-    """What to say when a card before Ampere is asked for bfloat16, which it emulates slowly.
-
-    Args:
-        types: Of the parameters, by name.
-        capability: Of the CUDA device; None when there is none.
-    """
-    from lowres.run.diagnosis import NATIVE_BF16
-
-    if capability is None or capability >= NATIVE_BF16:
-        return None
-    asked = [f"loop.precision {recipe.loop.precision}"] * (recipe.loop.precision == "bf16")
-    asked += ["bfloat16 weights"] * (torch.bfloat16 in types.values())
-    if not asked:
-        return None
-    return (
-        f"{' and '.join(asked)}: this card (capability {capability[0]}.{capability[1]}) has no "
-        "bfloat16 units and emulates them slowly; set loop.precision to fp16 and hold what is "
-        "frozen in float16 (fp16_weights)"
-    )
