@@ -144,6 +144,20 @@ def stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: Ki
         )
 
 
+def request_of(recipe: Recipe, inputs: Inputs) -> LoadRequest:
+    """What to load, before levers change it."""
+    return LoadRequest(
+        checkpoint=recipe.model.checkpoint,
+        revision=recipe.model.revision,
+        head=inputs.head,
+        labels=len(recipe.task.labels),
+        dtype=recipe.model.dtype,
+        attention=recipe.model.attention,
+        init=recipe.model.init,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
 def assemble(
     recipe: Recipe,
     inputs: Inputs,
@@ -163,17 +177,7 @@ def assemble(
     from lowres.bridges.blocks import map_blocks
     from lowres.run import weights
 
-    request = LoadRequest(
-        checkpoint=recipe.model.checkpoint,
-        revision=recipe.model.revision,
-        head=inputs.head,
-        labels=len(recipe.task.labels),
-        dtype=recipe.model.dtype,
-        attention=recipe.model.attention,
-        init=recipe.model.init,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    request = fold(request, recipe.levers, "on_load")
+    request = fold(request_of(recipe, inputs), recipe.levers, "on_load")
     seed = recipe.loop.seed
     loads = load or transformers.load_model
     model, fresh = loads(request, inputs.config, inputs.encoder.pad_id, seed)
