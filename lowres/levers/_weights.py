@@ -45,8 +45,7 @@ class QuantisedWeights(Weights):
                 "it quantises the weights of a checkpoint, and model.init is random; set it to "
                 "pretrained, or drop the lever"
             )
-        # Not super(): a dataclass of pydantic is made anew by its decorator.
-        yield from Weights.check(self, recipe)
+        yield from super().check(recipe)
 
 
 @part
@@ -69,7 +68,7 @@ class NarrowWeights(Weights):
                 f"model.dtype is {held}, so all weights are in {already} already; drop the lever, "
                 "or set model.dtype to float32 to hold only matrices in 16 bits"
             )
-        yield from Weights.check(self, recipe)
+        yield from super().check(recipe)
 
     def on_load(self, request: LoadRequest) -> LoadRequest:
         return dataclasses.replace(request, matrices=self.dtype)

@@ -34,4 +34,4 @@ class Fp16Weights(NarrowWeights):
                 "underflow; use bf16_weights, a method that adds parameters (lora, bitfit), or "
                 "loop.precision: fp16 over float32 weights"
             )
-        yield from NarrowWeights.check(self, recipe)
+        yield from super().check(recipe)

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lowres
 from lowres.bridges import narrow
-from lowres.core.errors import InputError
+from lowres.core.errors import InputError, OutOfTime
 from lowres.memory.live import LiveBytes
 from lowres.run.build import build
 from tests.conftest import KINDS
@@ -161,3 +162,21 @@ def test_full_training_from_random_weights_in_bfloat16(
     )  # fmt: skip
     record = lowres.run(one, output_folder=tmp_path / "out", quiet=True)
     assert sum(record.losses[-5:]) < sum(record.losses[:5])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_that_was_stopped_and_resumed_equals_the_uninterrupted_one(
+    method: str, raw_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Reference: the uninterrupted run, bit for bit: losses and what was saved."""
+    keys = raw_recipe(method=method, levers=["bf16_weights"], loop={"save_every": 1})
+    whole = lowres.run(lowres.load_recipe(keys), output_folder=tmp_path / "a", quiet=True)
+    late = lowres.load_recipe(keys | {"budget": {"minutes": 1e-6}})
+    with pytest.raises(OutOfTime):
+        lowres.run(late, output_folder=tmp_path / "b", quiet=True)
+    again = lowres.load_recipe(keys)
+    resumed = lowres.run(again, output_folder=tmp_path / "b", resume="latest", quiet=True)
+    assert resumed.losses == whole.losses
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    ours, theirs = (load_file(tmp_path / n / "model" / name) for n in ("b", "a"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
