@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowres.core.errors import InputError, Problem
+from lowres.core.errors import InputError, LowresError, Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,8 +145,32 @@ def _inside(name: str, modules: Any) -> bool:
     return any(name.startswith(m + ".") for m in modules)
 
 
+def load_adapter(model: nn.Module, folder: Path) -> Any:
+    """The model with a saved adapter beside its weights, frozen; lowres's own kinds are known."""
+    import peft
+
+    preload()
+    return peft.PeftModel.from_pretrained(model, str(folder))
+
+
+def disabled(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """While it lasts, the model answers as without its adapter."""
+    return model.disable_adapter()
+
+
 def merge(model: Any) -> nn.Module:
-    """Fold the adapter into the weights; the plain model comes back."""
+    """Fold the adapter into the weights; the plain model comes back.
+
+    Raises:
+        LowresError: Over quantised weights, which would be rounded anew.
+    """
+    from lowres.bridges.bitsandbytes import quantisation_states
+
+    if any(True for _ in quantisation_states(model)):
+        raise LowresError(
+            "an adapter is not merged into quantised weights: packing them again would round away "
+            "what was learned; lowres.run.merging.merge takes the base in 16 bits or more instead"
+        )
     merged: nn.Module = model.merge_and_unload()
     return merged
 

@@ -81,6 +81,8 @@ def load_shapes(
     import torch
     import transformers
 
+    from lowres.bridges import narrow
+
     auto = getattr(transformers, bridge._AUTO[request.head])
     if request.head == "classification":
         config.num_labels = request.labels
@@ -100,6 +102,7 @@ def load_shapes(
         model.tie_weights()
         wanted = getattr(torch, request.dtype)
         stored = _stored_dtype(request.checkpoint) or stored or wanted
+        narrow.settle(model, request.matrices, request.dtype, _fresh(request, model))
         fill = functools.partial(_materialise, model, stored, wanted, quantisation is not None)
         if later is None:
             fill()
@@ -113,8 +116,10 @@ def load_shapes(
             model.is_loaded_in_8bit = bool(quantisation.load_in_8bit)
     model.config.pad_token_id = pad_id
     model.config.use_cache = False
-    names = [name for name, _ in model.named_parameters()]
-    fresh = names if request.init == "random" else _fresh(request, model, names)
+    if pretrained:
+        return model.eval(), _fresh(request, model)
+    fresh = [name for name, _ in model.named_parameters()]
+    narrow.settle(model, request.matrices, request.dtype, fresh)
     return model.eval(), fresh
 
 
@@ -142,6 +147,8 @@ def _materialise(
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         path, _, own = name.rpartition(".")
         dtype = torch.float32 if any(part in name for part in wide) else wanted
+        if parameter.element_size() < dtype.itemsize:
+            dtype = parameter.dtype  # a matrix that is held in fewer bits than the rest
         read = torch.empty(parameter.shape, dtype=stored) if stored != dtype else None
         value = torch.empty(parameter.shape, dtype=dtype)
         del read
@@ -160,13 +167,14 @@ def _materialise(
                 real(buffer)  # its value is computed beside it
 
 
-def _fresh(request: LoadRequest, model: Any, names: list[str]) -> list[str]:
+def _fresh(request: LoadRequest, model: Any) -> list[str]:
     """What the checkpoint does not hold: of these, only a classification head may be made anew.
 
     Where the weights are not at hand, all outside of the base model is taken to be missing.
     """
     if request.head != "classification":
         return []
+    names = [name for name, _ in model.named_parameters()]
     inside = model.base_model_prefix + "."
     stored = _stored_names(request.checkpoint)
     if not stored:

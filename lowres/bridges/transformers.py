@@ -158,7 +158,9 @@ def load_model(
     if request.head == "classification":
         config.num_labels = request.labels
     torch.manual_seed(seed)
-    with _explained(request.checkpoint), _quiet():
+    from lowres.bridges import bitsandbytes, narrow
+
+    with _explained(request.checkpoint), _quiet(), narrow.reading_in(request.matrices):
         if request.init == "random":
             model = auto.from_config(
                 config, attn_implementation=request.attention, dtype=dtype,
@@ -181,9 +183,8 @@ def load_model(
     model.config.pad_token_id = pad_id
     model.config.use_cache = False
     if "quantization_config" in request.options:
-        from lowres.bridges import bitsandbytes
-
         bitsandbytes.settle(model)
+    narrow.settle(model, request.matrices, request.dtype, fresh)
     return model.eval(), fresh
 
 

@@ -26,6 +26,7 @@ class LoadRequest:
         checkpoint: As in the recipe.
         head: Which Auto class.
         labels: Number of classes of a classification head.
+        matrices: What the matrices of linear and embedding layers are held in; None: as `dtype`.
         options: Further keyword arguments of `from_pretrained`, such as a quantisation config.
     """
 
@@ -37,6 +38,7 @@ class LoadRequest:
     attention: str
     init: Literal["pretrained", "random"]
     trust_remote_code: bool
+    matrices: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Guard = Literal["gradients", "moved", "frozen", "saved"]
+"""Checks of a run while it goes on; `run/guards.py` says what each is."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -58,6 +61,9 @@ class Part:
     family: ClassVar[str]
     sample_fields: ClassVar[Mapping[str, Any]] = {}
     """Values for fields without a default, for documentation and the contract tests."""
+    waives: ClassVar[frozenset[Guard]] = frozenset()
+    """Guards that do not hold by what the part is: `gradients` of one that makes none or lets them
+    die within the backward pass, `moved` and `frozen` of one that rotates what is trained."""
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lowres.core.parts import Lever, part
+from lowres.core.parts import Guard, Lever, part
 
 if TYPE_CHECKING:
     from lowres.core.engine import Engine
@@ -28,6 +28,7 @@ class OptimizerInBackward(Lever):
     """
 
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
+    waives: ClassVar[frozenset[Guard]] = frozenset({"gradients"})
     sample_loop: ClassVar[Mapping[str, Any]] = {"micro_batch_size": 8, "max_grad_norm": None}
 
     def check(self, recipe: Recipe) -> Iterator[str]:

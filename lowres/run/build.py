@@ -48,6 +48,7 @@ class Built:
         train_rows: What the recipe trains on, in the data set's order.
         learner: The model as objectives ask it.
         inputs: Configuration and data.
+        loaded: Types of the weights when they were loaded, by name; see `weights.types_of`.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Built:
     train_rows: Sequence[Row]
     learner: Learner
     inputs: Inputs
+    loaded: dict[str, torch.dtype]
 
 
 def read(recipe: Recipe, splits: data_module.Splits | None = None) -> Inputs:
@@ -142,6 +144,20 @@ def stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: Ki
         )
 
 
+def request_of(recipe: Recipe, inputs: Inputs) -> LoadRequest:
+    """What to load, before levers change it."""
+    return LoadRequest(
+        checkpoint=recipe.model.checkpoint,
+        revision=recipe.model.revision,
+        head=inputs.head,
+        labels=len(recipe.task.labels),
+        dtype=recipe.model.dtype,
+        attention=recipe.model.attention,
+        init=recipe.model.init,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
 def assemble(
     recipe: Recipe,
     inputs: Inputs,
@@ -159,24 +175,17 @@ def assemble(
 
     from lowres.bridges import transformers
     from lowres.bridges.blocks import map_blocks
+    from lowres.run import weights
 
-    load = load or transformers.load_model
-
-    request = LoadRequest(
-        checkpoint=recipe.model.checkpoint,
-        revision=recipe.model.revision,
-        head=inputs.head,
-        labels=len(recipe.task.labels),
-        dtype=recipe.model.dtype,
-        attention=recipe.model.attention,
-        init=recipe.model.init,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    request = fold(request, recipe.levers, "on_load")
+    request = fold(request_of(recipe, inputs), recipe.levers, "on_load")
     seed = recipe.loop.seed
-    model, fresh = load(request, inputs.config, inputs.encoder.pad_id, seed)
+    loads = load or transformers.load_model
+    model, fresh = loads(request, inputs.config, inputs.encoder.pad_id, seed)
     pretrained = recipe.model.init == "pretrained"
     blocks = map_blocks(model, fresh, pretrained, inputs.head == "classification")
+    if load is None:
+        weights.stop_at_wide(model, request, blocks, fresh)
+    loaded = weights.types_of(model)
     learner = Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
     learner.blocks = recipe.freezing.blocks(learner, _sample(recipe, inputs))
@@ -206,6 +215,7 @@ def assemble(
         train_rows=inputs.data.train,
         learner=learner,
         inputs=inputs,
+        loaded=loaded,
     )
 
 

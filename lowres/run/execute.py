@@ -17,7 +17,7 @@ from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
 from lowres.memory.meter import Meter
-from lowres.run import build, checkpoint, environment, output
+from lowres.run import build, checkpoint, environment, output, weights
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
 from lowres.run.held import held
@@ -98,6 +98,8 @@ def execute(
         if resumed is None:
             for remark in inputs.data.remarks:
                 session.event("data", remark)
+            for kind, text in weights.remarks(recipe, built.loaded, built.model, meter.device):
+                session.event(kind, text)
             if unplanned is not None:
                 session.event("plan", unplanned)
             if learner.blocks.head:
@@ -110,6 +112,9 @@ def execute(
         # Saved before it is scored: a failure in evaluation must not cost the training.
         with meter.phase("save", session.held):
             _save_model(recipe, learner, accelerator, folder, record)
+        session.guards.end()
+        if accelerator.is_main_process:
+            session.guards.saved(folder / output.MODEL)
         session.evaluate()
         record.outcome = "ok"
     except InputError as error:

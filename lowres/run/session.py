@@ -27,6 +27,7 @@ from lowres.run import checkpoint
 from lowres.run.checkpoint import Progress
 from lowres.run.data import Data, Order, updates_of
 from lowres.run.gradients import make_gradients, micro_batches
+from lowres.run.guards import Guards
 from lowres.run.held import held
 from lowres.run.limits import Limits
 from lowres.run.output import Losses
@@ -89,6 +90,8 @@ class TrainingSession:
         # evaluation mode.
         self._in_training_mode = False
         self.checkpoint_bytes: int | None = None
+        self.guards = Guards(recipe, learner.base, engine.optimizer, self.event)
+        self.guards.begin()
 
     def updates(self) -> Iterator[tuple[int, Sequence[Row]]]:
         self.reporter.begin(self.progress.step, self.total)
@@ -118,6 +121,9 @@ class TrainingSession:
                     f"{values(recipe.optimizer).get('lr')}), set loop.max_grad_norm, or use "
                     "loop.precision: bf16 instead of fp16"
                 )
+            # Under float16 gradients carry the loss scale, and the first ones overflow.
+            scaled = getattr(self.accelerator, "scaler", None) is not None
+            self.guards.gradients(scaled)
             norm = self._step(factor)
             if norm is not None and not math.isfinite(norm):
                 self.event("skipped", f"update {step + 1} overflowed in float16 and was skipped")
@@ -125,6 +131,7 @@ class TrainingSession:
             if self.accelerator.device.type == "cuda":
                 torch.cuda.synchronize(self.accelerator.device)
         seconds = time.perf_counter() - start
+        self.guards.updated(getattr(self.engine.optimizer, "step_was_skipped", False))
         self.progress.train_seconds += seconds
         self._made_here += 1
         if self._made_here > PROBED_UPDATES + WARM_UP_UPDATES:

@@ -1,0 +1,265 @@
+"""Checks of a run that would else fail without a word: is what should be trained trained, and
+nothing else?
+
+`gradients`: in the first update every trained parameter has a finite gradient. `moved`: after two
+updates every trained parameter has another value. `frozen`: what is frozen has its bytes still at
+the end. `saved`: what was trained lies bit for bit in the files that were written.
+
+A part names the guards that cannot hold for it in `waives`. All work on sums of integers over the
+bytes that are there: nothing is copied, and nothing is read while memory or time are measured but
+one norm of each gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from lowres.bridges.bitsandbytes import quantisation_states
+from lowres.core.errors import Diverged, LowresError
+from lowres.core.parts import Guard
+from lowres.core.recipe import Recipe
+
+UPDATES = 2
+"""After so many every trained parameter has moved: LoRA's A has a zero gradient in the first."""
+_SAMPLE = 4096
+_CHUNK = 1 << 20
+_SHOWN = 5
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class GuardFailed(LowresError):
+    """A check of `run/guards.py` found training to be other than what the recipe says."""
+
+
+class Guards:
+    """The checks of one run in one process.
+
+    Args:
+        model: The learner's base.
+        optimizer: What updates it.
+        event: Notes what is odd and no failure, as `Session.event`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        event: Callable[[str, str], None],
+    ) -> None:
+        parts = (recipe.method, recipe.freezing, recipe.objective, recipe.optimizer,
+                 recipe.procedure, *recipe.levers)  # fmt: skip
+        self._waived: frozenset[Guard] = frozenset().union(*(p.waives for p in parts))
+        self._model, self._optimizer, self._event = model, optimizer, event
+        self._rates: dict[str, float] = {}
+        self._largest: dict[str, float] = {}
+        """Of each trained parameter's gradients so far."""
+        self._updates = 0
+        self._trained: dict[str, int] = {}
+        self._frozen: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Remember what is there before the first update.
+
+        Raises:
+            GuardFailed: When a trained parameter is not in the optimizer.
+        """
+        rates = {id(p): g["lr"] for g in self._optimizer.param_groups for p in g["params"]}
+        trained = dict(_trained(self._model))
+        if "moved" not in self._waived:
+            missing = [name for name, p in trained.items() if id(p) not in rates]
+            if missing:
+                raise GuardFailed(
+                    f"the optimizer does not hold {some(missing)}, which would never be updated; "
+                    "this is a mistake in a part of the recipe, not in its values"
+                )
+            self._trained = {name: checksum(p) for name, p in trained.items()}
+        if "frozen" not in self._waived:
+            self._frozen = dict(_frozen_samples(self._model))
+
+    @property
+    def watching(self) -> bool:
+        """Whether updates are still looked at."""
+        return self._updates < UPDATES
+
+    def gradients(self, scaled: bool) -> None:
+        """Look at the gradients of one update before it is made.
+
+        Args:
+            scaled: They carry float16's loss scale, whose first ones overflow by design.
+
+        Raises:
+            GuardFailed: When a trained parameter has none.
+            Diverged: When one is not finite.
+        """
+        if "gradients" in self._waived or not self.watching:
+            return
+        missing, infinite = [], []
+        for name, parameter in _trained(self._model):
+            if parameter.grad is None:
+                missing.append(name)
+                continue
+            # The largest magnitude: not finite where any element is not, and no copy is made.
+            largest = float(torch.linalg.vector_norm(parameter.grad.detach(), math.inf))
+            if not math.isfinite(largest):
+                infinite.append(name)
+            elif not scaled:
+                self._largest[name] = max(largest, self._largest.get(name, 0.0))
+        if missing:
+            raise GuardFailed(
+                f"no gradient reaches {some(missing)}: the loss does not depend on them, or the "
+                "backward pass ends before them; freeze them, or drop the part that cuts it off"
+            )
+        if infinite and not scaled:
+            raise Diverged(
+                f"the gradients of {some(infinite)} are not finite in update {self._updates + 1}; "
+                "lower optimizer.lr, or compute in a wider type (loop.precision, model.dtype)"
+            )
+
+    def updated(self, skipped: bool) -> None:
+        """Tell that an update was made; after the second one, look at what has moved.
+
+        An update that float16's loss scaler skipped, or with a learning rate of 0 (the first of a
+        warm-up), does not count.
+
+        Raises:
+            GuardFailed: When a trained parameter has its old value.
+        """
+        rates = {id(p): float(g["lr"]) for g in self._optimizer.param_groups for p in g["params"]}
+        if skipped or not self.watching or not any(rates.values()):
+            return
+        for name, parameter in _trained(self._model):
+            self._rates[name] = max(self._rates.get(name, 0.0), rates.get(id(parameter), 0.0))
+        self._updates += 1
+        if self.watching or "moved" in self._waived:
+            return
+        there = dict(_trained(self._model))
+        still = [n for n, was in self._trained.items() if n in there and checksum(there[n]) == was]
+        small = [name for name in still if self._is_small(name, there[name])]
+        if still and (len(still) == len(self._trained) or len(small) < len(still)):
+            named = [n for n in still if n not in small] or still
+            raise GuardFailed(
+                f"after {UPDATES} updates {some(named)} of {len(self._trained)} trained "
+                "parameters have not changed at all; raise optimizer.lr if it is tiny, else freeze "
+                "them or drop the part that keeps them from learning"
+            )
+        if small:
+            self._event(
+                "moved",
+                f"updates too small for the type that holds them left {some(small)} as they were; "
+                "raise optimizer.lr, or hold them in float32 (model.dtype)",
+            )
+
+    def end(self) -> None:
+        """Compare what is frozen with what it was at the beginning.
+
+        Raises:
+            GuardFailed: When its bytes have changed.
+        """
+        now = dict(_frozen_samples(self._model)) if self._frozen else {}
+        changed = [name for name, was in self._frozen.items() if now.get(name, was) != was]
+        if changed:
+            raise GuardFailed(
+                f"{some(changed)} should be frozen and changed while training; what was saved "
+                "does not describe the model that was scored"
+            )
+
+    def saved(self, folder: Path) -> None:
+        """Compare what was written with what was trained.
+
+        Raises:
+            GuardFailed: When a trained tensor is not in the files, bit for bit.
+        """
+        if "saved" not in self._waived:
+            stop_at_lost(self._model, folder)
+
+    def _is_small(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether an update may be lost in rounding: by its size, or as 16 bits lose most."""
+        largest, rate = self._largest.get(name), self._rates[name]
+        if largest is None:
+            return True  # there was no gradient to look at
+        if largest == 0:
+            return False
+        if parameter.element_size() < 4:
+            return True
+        held = float(torch.linalg.vector_norm(parameter.detach(), math.inf))
+        # Update rules move by the rate times the gradient, or by the rate.
+        return rate * min(largest, 1.0) < torch.finfo(parameter.dtype).eps * held
+
+
+def stop_at_lost(model: nn.Module, folder: Path) -> None:
+    """Raise GuardFailed when a trained tensor is not among those in a folder's safetensors.
+
+    By content, since names differ between a model in memory and in a file; a whole model's files
+    are only asked for the names that they have.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    found: set[tuple[tuple[int, ...], torch.dtype, int]] = set()
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                tensor = opened.get_tensor(name)
+                found.add((tuple(tensor.shape), tensor.dtype, checksum(tensor)))
+                names.add(name)
+    adapter = (folder / "adapter_config.json").exists()
+    lost = [
+        name
+        for name, p in _trained(model)
+        if (adapter or name in names) and (tuple(p.shape), p.dtype, checksum(p)) not in found
+    ]
+    if lost:
+        raise GuardFailed(
+            f"{some(lost)} of the trained parameters are not in {folder} as they were trained; "
+            "loading it would give another model than the one that was scored"
+        )
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """A sum over all elements' bits, read as integers, modulo 2^64; 8 MiB at most are made."""
+    total = 0
+    for part in torch.split(_bits(tensor), _CHUNK):
+        wide = part.to(torch.int64)
+        # Squared, since opposite changes of equal numbers would leave a plain sum as it was.
+        total += int(wide.mul_(wide).sum())
+    return total % (1 << 64)
+
+
+def _sample(tensor: torch.Tensor) -> int:
+    bits = _bits(tensor)
+    return checksum(bits[:: max(1, bits.numel() // _SAMPLE)])
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as a vector of integers, without a copy where they lie densely."""
+    flat = tensor.detach()
+    if not flat.is_contiguous():
+        order = sorted(range(flat.dim()), key=flat.stride, reverse=True)
+        flat = flat.permute(order)
+    flat = flat.reshape(-1)
+    return flat if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel())
+
+
+def _frozen_samples(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Every frozen parameter that is at hand, and what quantised layers hold beside them."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.numel() and not parameter.is_meta:
+            yield name, _sample(parameter)
+    for number, (path, tensor) in enumerate(quantisation_states(model)):
+        yield f"quantisation state {number} of {path}", _sample(tensor)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

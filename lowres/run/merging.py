@@ -1,0 +1,136 @@
+"""Fold a trained adapter into the weights of its base, as they are without quantisation.
+
+Over packed weights PEFT merges by unpacking, adding and packing again, which rounds away most of
+what was learned. Here the base is loaded again in `model.dtype`, and what comes out is compared
+with the adapter beside that base before it is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowres.bridges import peft, transformers
+from lowres.core.errors import InputError, LowresError
+from lowres.core.example import Batch
+from lowres.core.learner import Learner, LoadRequest
+from lowres.core.parts import fold
+from lowres.core.recipe import Recipe
+from lowres.run import build, checkpoint
+
+TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
+"""Distance of merged logits from unmerged ones, relative to these: what rounding each weight and
+each activation of a deep model to the type may do; a wrong merge is off by the adapter's effect."""
+ROWS = 4
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merging did. Distances are norms of a difference of logits over the norm of logits.
+
+    Args:
+        folder: Holds the merged model in transformers' format, and its tokenizer.
+        dtype: Of its weights.
+        distance: Of the merged model from the adapter beside the same base.
+        from_trained: From the adapter beside the base as it was trained over, in fewer bits; 0
+            where that is the same base.
+        effect: How far the adapter moves the base at all.
+    """
+
+    folder: Path
+    dtype: str
+    distance: float
+    from_trained: float
+    effect: float
+
+
+def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
+    """Write the plain model that a run's adapter makes of its base.
+
+    The models are in memory one after the other, on the CPU; the base takes what its parameters
+    take in `model.dtype`.
+
+    Args:
+        recipe: Of the run.
+        adapter: The folder that the run saved, `<output>/model`.
+        into: A folder that is empty or not there.
+
+    Raises:
+        InputError: When there is no such adapter, or it cannot be merged.
+        LowresError: When the merged model does not answer as the unmerged one; nothing is written.
+    """
+    adapter, into = Path(adapter), Path(into)
+    _check(recipe, adapter, into)
+    inputs = build.read(recipe)
+    # What is merged is a base without the levers, of which some hold its weights in fewer bits.
+    plain = build.request_of(recipe, inputs)
+    trained = fold(plain, recipe.levers, "on_load")
+    rows = inputs.data.train[:ROWS]
+    batch = build.collator(recipe, inputs)(rows)
+
+    over_trained = None
+    if trained != plain:
+        over_trained = _logits(_adapted(recipe, inputs, trained, adapter), batch)
+    learner = _adapted(recipe, inputs, plain, adapter)
+    unmerged = _logits(learner, batch)
+    with peft.disabled(learner.base):
+        effect = _distance(_logits(learner, batch), unmerged)
+    learner.module = learner.base = recipe.method.merge(learner.base)
+    distance = _distance(_logits(learner, batch), unmerged)
+    limit = TOLERANCE[plain.dtype]
+    if not distance <= limit:
+        raise LowresError(
+            f"the merged model's logits are off by {distance:.2g} (relative) from those of the "
+            f"adapter beside its base, more than the {limit:g} that {plain.dtype} may round away; "
+            f"nothing was written to {into}: use the adapter as it is, or a wider model.dtype"
+        )
+    with checkpoint.writing("the merged model", into):
+        transformers.save(learner.base, learner.tokenizer, into)
+    from_trained = 0.0 if over_trained is None else _distance(unmerged, over_trained)
+    return Merged(into, plain.dtype, distance, from_trained, effect)
+
+
+def _check(recipe: Recipe, adapter: Path, into: Path) -> None:
+    problems = []
+    if not recipe.method.mergeable:
+        problems.append(f"method '{recipe.method.name}' cannot be merged; use its adapter as it is")
+    if not (adapter / "adapter_config.json").is_file():
+        problems.append(
+            f"'{adapter}' holds no adapter (no adapter_config.json); give the folder `model` of a "
+            "run's output; a method that trains the weights themselves leaves nothing to merge"
+        )
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        problems.append(f"'{into}' exists and is not empty; name another folder")
+    if problems:
+        raise InputError("merging", problems)
+
+
+def _adapted(recipe: Recipe, inputs: build.Inputs, request: LoadRequest, adapter: Path) -> Learner:
+    """A base with the adapter beside it, in evaluation mode."""
+    from lowres.bridges.blocks import map_blocks
+
+    # Loading packed weights writes so into the configuration, which the plain base must not read.
+    config = copy.deepcopy(inputs.config)
+    seed = recipe.loop.seed
+    model, fresh = transformers.load_model(request, config, inputs.encoder.pad_id, seed)
+    pretrained = recipe.model.init == "pretrained"
+    blocks = map_blocks(model, fresh, pretrained, inputs.head == "classification")
+    model = peft.load_adapter(model, adapter).eval()
+    return Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
+
+
+def _logits(learner: Learner, batch: Batch) -> torch.Tensor:
+    """In float32, with padding left out of what is compared."""
+    device = next(learner.base.parameters()).device
+    with torch.no_grad():
+        logits = learner.logits({k: v.to(device) for k, v in batch.items()}).float().cpu()
+    if learner.head in ("causal", "masked"):
+        return logits[batch["attention_mask"].bool()]
+    return logits
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())

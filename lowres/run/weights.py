@@ -1,0 +1,134 @@
+"""Whether the weights lie in memory as was asked for, and what was done to them after loading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lowres.bridges import narrow
+from lowres.bridges.bitsandbytes import element_count, quantisation_state
+from lowres.core.errors import InputError, LowresError, Problem
+from lowres.core.units import format_bytes
+from lowres.run.diagnosis import NATIVE_BF16
+from lowres.run.guards import some
+
+if TYPE_CHECKING:
+    from lowres.core.blocks import Blocks
+    from lowres.core.learner import LoadRequest
+    from lowres.core.recipe import Recipe
+
+
+def stop_at_wide(
+    model: nn.Module, request: LoadRequest, blocks: Blocks, fresh: Container[str]
+) -> None:
+    """Compare the bytes of each matrix with those that were asked for.
+
+    Args:
+        fresh: Names of parameters that were made anew.
+
+    Raises:
+        LowresError: Naming the first matrix that takes more.
+        InputError: When float16 cannot hold a weight of the checkpoint.
+    """
+    config = request.options.get("quantization_config")
+    bits = 16 if config is None else 4 if config.load_in_4bit else 8
+    alone = narrow.left_alone(model)
+    inside = tuple(f"{name}." for name in blocks.names)
+    module: Any
+    for path, module in model.named_modules():
+        linear = path.startswith(inside) and narrow.is_linear(module)
+        if config is not None and linear and not alone & set(path.split(".")):
+            count = element_count(module.weight)
+            scales = 4 * module.weight.shape[0] if bits == 8 else count // 16 + 4096
+            held = sum(t.nbytes for t in (module.weight, *quantisation_state(module)))
+            _stop_if(held > count * bits // 8 + scales, path, module, held / count, bits)
+    if config is not None:
+        return
+    wanted = getattr(torch, request.matrices or request.dtype)
+    for name, module in narrow.matrices(model, fresh):
+        wide = module.weight.element_size() > wanted.itemsize
+        _stop_if(wide, name, module, module.weight.element_size(), 8 * wanted.itemsize)
+        if wanted == torch.float16 and not math.isfinite(
+            float(torch.linalg.vector_norm(module.weight.detach(), math.inf))
+        ):
+            why = f"{name} has weights beyond float16's 65504; use bfloat16 (bf16_weights)"
+            raise InputError("the recipe", [Problem("model.checkpoint", why)])
+
+
+def _stop_if(wide: bool, path: str, module: Any, found: float, bits: int) -> None:
+    if wide:
+        raise LowresError(
+            f"{path} takes {found:.2f} bytes a weight where {bits / 8:g} were asked for: "
+            f"{type(module).__name__} was not converted when it was loaded, so the plan and the "
+            "memory of this run would be wrong; drop the lever that holds weights in fewer bits"
+        )
+
+
+def types_of(model: nn.Module) -> dict[str, torch.dtype]:
+    """Type of each parameter and buffer by its name in the plain model, adapters left out."""
+    both = (*model.named_parameters(), *model.named_buffers())
+    return {_plain(name): tensor.dtype for name, tensor in both}
+
+
+def _plain(name: str) -> str:
+    for wrapped in ("base_model.model.", "base_layer.", "original_module."):
+        name = name.replace(wrapped, "")
+    return name
+
+
+def casts(loaded: Mapping[str, torch.dtype], model: nn.Module) -> str | None:
+    """What has another type than when it was loaded, with its bytes now; None where nothing has."""
+    changed, size_bytes = [], 0
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        was = loaded.get(_plain(name), tensor.dtype)
+        if tensor.dtype != was:
+            kinds = [str(kind).removeprefix("torch.") for kind in (was, tensor.dtype)]
+            changed.append(f"{_plain(name)} ({kinds[0]} to {kinds[1]})")
+            size_bytes += tensor.nbytes
+    if not changed:
+        return None
+    return f"cast: {len(changed)} tensors, {format_bytes(size_bytes)}: {some(changed)}"
+
+
+def remarks(
+    recipe: Recipe, loaded: Mapping[str, torch.dtype], model: nn.Module, device: torch.device
+) -> Iterator[tuple[str, str]]:
+    """Kind and text of the events about the weights of a run that begins.
+
+    Args:
+        loaded: `types_of` the model when it was loaded.
+    """
+    cuda = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if cuda else None
+    for kind, text in (
+        ("cast", casts(loaded, model)),
+        ("bfloat16", remark_on_bfloat16(recipe, types_of(model), capability)),
+    ):
+        if text is not None:
+            yield kind, text
+
+
+def remark_on_bfloat16(
+    recipe: Recipe, types: Mapping[str, torch.dtype], capability: tuple[int, int] | None
+) -> str | None:
+    """What to say when a card before Ampere is asked for bfloat16, which it emulates slowly.
+
+    Args:
+        types: Of the parameters, by name.
+        capability: Of the CUDA device; None when there is none.
+    """
+    if capability is None or capability >= NATIVE_BF16:
+        return None
+    asked = [f"loop.precision {recipe.loop.precision}"] * (recipe.loop.precision == "bf16")
+    asked += ["bfloat16 weights"] * (torch.bfloat16 in types.values())
+    if not asked:
+        return None
+    return (
+        f"{' and '.join(asked)}: this card (capability {capability[0]}.{capability[1]}) has no "
+        "bfloat16 units and emulates them slowly; set loop.precision to fp16 and hold what is "
+        "frozen in float16 (fp16_weights)"
+    )
