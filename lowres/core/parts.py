@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lowres.core.batching import Batching
     from lowres.core.blocks import Blocks
     from lowres.core.engine import Accelerator, Engine
     from lowres.core.learner import Encoder, Head, Kind, Learner, LoadRequest
@@ -174,6 +175,9 @@ class Objective(Part):
     family: ClassVar[str] = "objective"
     heads: ClassVar[Mapping[Kind, Head]]
     serves: ClassVar[frozenset[Asks]]
+    by_token: ClassVar[bool] = False
+    """Whether the loss of a causal head is a sum over target tokens, taken through
+    `Learner.token_logprobs`, that does not ask in which row of the batch a token lies."""
 
     def rows(
         self, task: Task, examples: Sequence[Example], encoder: Encoder, purpose: Purpose
@@ -247,6 +251,9 @@ class Lever(Part):
 
     def on_engine(self, engine: Engine) -> Engine:
         return engine
+
+    def on_batching(self, batching: Batching) -> Batching:
+        return batching
 
 
 @part
