@@ -65,8 +65,8 @@ def load_in(bits: Literal[4, 8], request: LoadRequest, **fields: Any) -> LoadReq
     config = quantization_config(
         bits, compute_dtype=request.dtype, skip=outside_blocks(request), **fields
     )
-    options = {"quantization_config": config, "device_map": {"": _home()}}
-    return dataclasses.replace(request, options=request.options | options)
+    options = {"device_map": {"": _home()}} | request.options | {"quantization_config": config}
+    return dataclasses.replace(request, options=options)
 
 
 def outside_blocks(request: LoadRequest) -> list[str]:
@@ -188,6 +188,11 @@ def settle(model: nn.Module) -> None:
 def is_quantised(parameter: nn.Parameter) -> bool:
     """Whether a parameter holds packed 4-bit or 8-bit values, which cannot be trained."""
     return isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params)
+
+
+def is_eight_bit(parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds 8-bit values; that of a stand-in carries scales of its own."""
+    return isinstance(parameter, bnb.nn.Int8Params) or hasattr(parameter, "SCB")
 
 
 def element_count(parameter: nn.Parameter) -> int:

@@ -175,9 +175,9 @@ def _phases(
         begin, end = summary.bounds[name]
         peak = summary.peak(begin, end)
         phases[name] = PhasePlan(
-            live_bytes=peak.live_bytes, allocated_bytes=None, reserved_bytes=None, host_bytes=0,
-            categories=peak.categories, instant=peak.instant, module=peak.module,
-            operation=peak.operation,
+            live_bytes=peak.live_bytes, allocated_bytes=None, reserved_bytes=None,
+            host_bytes=done.host_bytes, categories=peak.categories, instant=peak.instant,
+            module=peak.module, operation=peak.operation,
         )  # fmt: skip
     if target.kind == "cuda":
         if done.loads_on_device:

@@ -50,6 +50,7 @@ class Rehearsal:
         loads_on_device: The weights are made on the compute device, not moved there afterwards.
         largest_bytes: Of the largest parameter as it is read: what the host holds while weights go
             elsewhere.
+        host_bytes: Of weights that stay in host memory and stream; 0 where that is the device's.
     """
 
     load: Trace
@@ -64,6 +65,7 @@ class Rehearsal:
     repeats: float
     loads_on_device: bool
     largest_bytes: int
+    host_bytes: int
 
 
 def rehearse(
@@ -152,7 +154,8 @@ class _Stage:
             module, optimizer = self.accelerator.prepare(built.model, built.optimizer)
         load = tracer.start_anew()
         learner = dataclasses.replace(built.learner, module=module)
-        tracer.hold(scenes.weights_of(learner))
+        host_bytes = scenes.hold_weights(learner, tracer, self.target, self.runs)
+        self.loads_on_device &= not host_bytes
         with tracer:
             engine = build.engine_of(self.recipe, self.accelerator, learner, optimizer)
         if self.processes > 1:
@@ -186,6 +189,7 @@ class _Stage:
             trainable=self.trainable, total=self.total, saved_bytes=self.saved_bytes,
             tokens=tokens, passes=passes, repeats=repeats,
             loads_on_device=self.loads_on_device, largest_bytes=self.largest_bytes,
+            host_bytes=host_bytes,
         )  # fmt: skip
 
     def _adapted(self, learner: Learner) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from lowres.bridges import peft
+from lowres.bridges import peft, shorten
 from lowres.bridges.bitsandbytes import quantisation_states
+from lowres.bridges.streaming import streamed_tensors
 from lowres.core.engine import Engine
 from lowres.core.example import Row, collate
 from lowres.core.learner import Learner
@@ -66,6 +67,32 @@ def weights_of(learner: Learner) -> Iterator[tuple[torch.Tensor, int, str, str]]
         yield buffer, place(name), name.rpartition(".")[0], "weights"
     for path, tensor in quantisation_states(learner.base):
         yield tensor, place(path + "."), path, "quantisation state"
+
+
+def hold_weights(
+    learner: Learner, tracer: Tracer, target: Target, runs: Sequence[shorten.Run]
+) -> int:
+    """Count what is on the device when training begins. Returns the bytes that stay on a host.
+
+    Args:
+        runs: How blocks were grouped; a block that was left out is like the inner ones of its run.
+    """
+    on_host = {t.untyped_storage()._cdata for t in streamed_tensors(learner.base)}
+    if target.kind == "cpu" or not on_host:
+        tracer.hold(weights_of(learner))
+        return 0
+    times: list[int] = []
+    for run in runs:
+        times += [1] * len(run.kept)
+        times[-len(run.kept) // 2] += run.length - len(run.kept)
+    host_bytes = 0
+    for held in weights_of(learner):
+        storage = held[0].untyped_storage()
+        if storage._cdata in on_host:
+            host_bytes += storage.nbytes() * times[held[1]]
+        else:
+            tracer.hold([held])
+    return host_bytes
 
 
 def evaluate(
