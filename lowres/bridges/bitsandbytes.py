@@ -15,7 +15,7 @@ _level = _logger.level
 _logger.setLevel(logging.ERROR)  # importing it on a CPU remarks on an optional package
 try:
     import bitsandbytes as bnb
-    from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
+    from bitsandbytes.autograd._functions import MatMul4Bit, MatMul8bitFp, MatMul8bitLt
 finally:
     _logger.setLevel(_level)
 
@@ -116,12 +116,19 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
 
     bitsandbytes 0.50 leaves that type to autocast inside its operator, where it depends on whether
     the operator is watched; rounds the bias to `compute_dtype` for good; and on CPUs with
-    AVX512-BF16 repacks the weights at an evaluation into a form that has no gradient.
+    AVX512-BF16 repacks the weights at an evaluation into a form that has no gradient. It also keeps
+    the packed weights for the backward pass past autograd, where they cannot be let go meanwhile.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, bias = _as_linear_takes(x, self.bias)
-        return bnb.matmul_4bit(x, self.weight, self.weight.quant_state, bias=bias)
+        state = self.weight.quant_state
+        wants_grad = torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        if wants_grad and x.numel() and state.shape[1] == x.shape[-1]:
+            return _Packed.apply(x, self.weight, None, bias, state)
+        return bnb.matmul_4bit(x, self.weight, state, bias=bias)
 
 
 class FrozenLinear8bit(bnb.nn.Linear8bitLt):
@@ -155,6 +162,23 @@ def _as_linear_takes(
 def has_integer_products(device: torch.device) -> bool:
     """Whether bitsandbytes trains with 8-bit products there: CPUs have no fast ones."""
     return device.type not in ("cpu", "xpu")
+
+
+class _Packed(MatMul4Bit):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        out = MatMul4Bit.forward(ctx, *arguments)
+        ctx.tensors = (None, None)
+        ctx.save_for_backward(arguments[1])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (packed,) = ctx.saved_tensors
+        ctx.tensors = (None, packed.view(-1, 1))
+        found = MatMul4Bit.backward(ctx, grad)
+        ctx.tensors = (None, None)
+        return found
 
 
 class _Integer(MatMul8bitLt):
