@@ -15,7 +15,7 @@ _level = _logger.level
 _logger.setLevel(logging.ERROR)  # importing it on a CPU remarks on an optional package
 try:
     import bitsandbytes as bnb
-    from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
+    from bitsandbytes.autograd._functions import MatMul4Bit, MatMul8bitFp, MatMul8bitLt
 finally:
     _logger.setLevel(_level)
 
@@ -65,8 +65,8 @@ def load_in(bits: Literal[4, 8], request: LoadRequest, **fields: Any) -> LoadReq
     config = quantization_config(
         bits, compute_dtype=request.dtype, skip=outside_blocks(request), **fields
     )
-    options = {"quantization_config": config, "device_map": {"": _home()}}
-    return dataclasses.replace(request, options=request.options | options)
+    options = {"device_map": {"": _home()}} | request.options | {"quantization_config": config}
+    return dataclasses.replace(request, options=options)
 
 
 def outside_blocks(request: LoadRequest) -> list[str]:
@@ -116,12 +116,19 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
 
     bitsandbytes 0.50 leaves that type to autocast inside its operator, where it depends on whether
     the operator is watched; rounds the bias to `compute_dtype` for good; and on CPUs with
-    AVX512-BF16 repacks the weights at an evaluation into a form that has no gradient.
+    AVX512-BF16 repacks the weights at an evaluation into a form that has no gradient. It also keeps
+    the packed weights for the backward pass past autograd, where they cannot be let go meanwhile.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, bias = _as_linear_takes(x, self.bias)
-        return bnb.matmul_4bit(x, self.weight, self.weight.quant_state, bias=bias)
+        state = self.weight.quant_state
+        wants_grad = torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        if wants_grad and x.numel() and state.shape[1] == x.shape[-1]:
+            return _Packed.apply(x, self.weight, None, bias, state)
+        return bnb.matmul_4bit(x, self.weight, state, bias=bias)
 
 
 class FrozenLinear8bit(bnb.nn.Linear8bitLt):
@@ -157,6 +164,23 @@ def has_integer_products(device: torch.device) -> bool:
     return device.type not in ("cpu", "xpu")
 
 
+class _Packed(MatMul4Bit):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        out = MatMul4Bit.forward(ctx, *arguments)
+        ctx.tensors = (None, None)
+        ctx.save_for_backward(arguments[1])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (packed,) = ctx.saved_tensors
+        ctx.tensors = (None, packed.view(-1, 1))
+        found = MatMul4Bit.backward(ctx, grad)
+        ctx.tensors = (None, None)
+        return found
+
+
 class _Integer(MatMul8bitLt):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
@@ -188,6 +212,11 @@ def settle(model: nn.Module) -> None:
 def is_quantised(parameter: nn.Parameter) -> bool:
     """Whether a parameter holds packed 4-bit or 8-bit values, which cannot be trained."""
     return isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params)
+
+
+def is_eight_bit(parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds 8-bit values; that of a stand-in carries scales of its own."""
+    return isinstance(parameter, bnb.nn.Int8Params) or hasattr(parameter, "SCB")
 
 
 def element_count(parameter: nn.Parameter) -> int:

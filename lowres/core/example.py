@@ -21,7 +21,8 @@ Asks = Literal["label", "answer", "likelihood"]
 Purpose = Literal["train", "predict"]
 
 Batch: TypeAlias = "dict[str, torch.Tensor]"
-"""`input_ids`, `attention_mask` (B, T), `labels` (B, S), and what else the model takes."""
+"""`input_ids`, `attention_mask` (B, T), `labels` (B, S), and what else the model takes. Without an
+`attention_mask` every position is a real token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,12 @@ class Prediction:
 
     value: int | str | tuple[float, int]
     remarks: Mapping[str, float] = field(default_factory=dict)
+
+
+def real_tokens(batch: Batch) -> int:
+    """Tokens of a batch that are no padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def collate(rows: Sequence[Row], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:

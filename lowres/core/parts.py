@@ -1,8 +1,7 @@
 """The base of every family. A part is a frozen dataclass whose fields are its recipe keys.
 
 A part's constructor stores and validates; it loads, seeds and prints nothing. No part knows
-another: what one needs of the others it finds in the nouns of `core` (Recipe, Learner, Blocks,
-Session).
+another: what one needs of the others it finds in the nouns of `core`.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lowres.core.batching import Batching
     from lowres.core.blocks import Blocks
     from lowres.core.engine import Accelerator, Engine
     from lowres.core.learner import Encoder, Head, Kind, Learner, LoadRequest
@@ -180,6 +180,9 @@ class Objective(Part):
     family: ClassVar[str] = "objective"
     heads: ClassVar[Mapping[Kind, Head]]
     serves: ClassVar[frozenset[Asks]]
+    by_token: ClassVar[bool] = False
+    """Whether the loss of a causal head is a sum over target tokens, taken through
+    `Learner.token_logprobs`, that does not ask in which row of the batch a token lies."""
 
     def rows(
         self, task: Task, examples: Sequence[Example], encoder: Encoder, purpose: Purpose
@@ -251,7 +254,6 @@ class Lever(Part):
     which it is rounding and no mistake; before training, all trained parameters as one vector."""
     sample_loop: ClassVar[Mapping[str, Any]] = {}
     """Values of the loop that it needs, for the contract tests."""
-
     whole_process: ClassVar[bool] = False
     """Whether it changes the process for good, so that the next run wants another one."""
 
@@ -270,6 +272,9 @@ class Lever(Part):
 
     def on_engine(self, engine: Engine) -> Engine:
         return engine
+
+    def on_batching(self, batching: Batching) -> Batching:
+        return batching
 
 
 @part

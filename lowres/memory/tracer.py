@@ -72,8 +72,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watches: dict[int, Any] = {}
         self._serving: dict[int, int] = {}
 
-    # What is called by the one who drives the trace.
-
     def enter(self, stage: str) -> None:
         """Another part of the step begins; nothing is at work yet."""
         self.stage, self.place = stage, OUTSIDE
@@ -106,7 +104,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._died(self._born(size_bytes, self.place, operation, 0, "workspaces"), size_bytes)
 
     def permanent(self, size_bytes: int, operation: str) -> None:
-        """Memory that a library takes and keeps."""
+        """What a library takes and keeps."""
         self._born(size_bytes, OUTSIDE, operation, 0, "workspaces")
 
     def cost(self, kind: str, dtype: torch.dtype, flops: int, moved_bytes: int) -> None:
@@ -117,7 +115,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def start_anew(self) -> Trace:
         """The trace so far; a new one begins, in which nothing is alive yet."""
         self.close()
-        done, self.trace = self.trace, Trace()
+        (done, self.trace) = (self.trace, Trace())
         return done
 
     def close(self) -> None:

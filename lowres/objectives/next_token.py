@@ -30,6 +30,7 @@ class NextToken(Objective):
 
     heads: ClassVar[Mapping[Kind, Head]] = {"decoder": "causal", "encoder_decoder": "seq2seq"}
     serves: ClassVar[frozenset[Asks]] = frozenset({"answer", "likelihood"})
+    by_token: ClassVar[bool] = True
 
     max_new_tokens: PositiveInt = 256
 

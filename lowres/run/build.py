@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lowres.core.batching import batching_of
 from lowres.core.errors import InputError, Problem
-from lowres.core.example import Batch, Row, collate
+from lowres.core.example import Batch, Row
 from lowres.core.learner import Encoder, Head, Kind, Learner, LoadRequest
 from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
@@ -240,9 +241,10 @@ def build(recipe: Recipe) -> Built:
 
 
 def collator(recipe: Recipe, inputs: Inputs) -> Callable[[Sequence[Row]], Batch]:
-    """The function that pads training rows into a batch."""
+    """The function that makes a batch of training rows."""
     side = recipe.objective.padding_side("train", recipe.task, inputs.kind)
-    return lambda rows: collate(rows, inputs.encoder.pad_id, side)
+    batching = batching_of(recipe)
+    return lambda rows: batching.collate(rows, inputs.encoder.pad_id, side)
 
 
 def _sample(recipe: Recipe, inputs: Inputs) -> Iterable[Batch]:

@@ -237,8 +237,8 @@ def _plan_line(recipe: Recipe) -> str:
 
 
 def _count(model: torch.nn.Module) -> Parameters:
-    trainable = sum(element_count(p) for p in model.parameters() if p.requires_grad)
-    return Parameters(trainable, sum(element_count(p) for p in model.parameters()))
+    sizes = [(p.requires_grad, element_count(p)) for p in model.parameters()]
+    return Parameters(sum(n for trained, n in sizes if trained), sum(n for _, n in sizes))
 
 
 def _describe(reporter: Reporter, record: RunRecord, meter: Meter) -> None:
@@ -259,8 +259,7 @@ def _save_model(
         if accelerator.is_main_process:
             with checkpoint.writing("the model", folder):
                 transformers.save(learner.base, learner.tokenizer, folder / output.MODEL)
-    if accelerator.is_main_process:
-        record.measured.saved_bytes = checkpoint.folder_bytes(folder / output.MODEL)
+            record.measured.saved_bytes = checkpoint.folder_bytes(folder / output.MODEL)
     accelerator.wait_for_everyone()
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowres.bridges import accelerate
-from lowres.core.example import Batch, Row, collate
+from lowres.core.batching import batching_of
+from lowres.core.example import Batch, Row, real_tokens
 
 if TYPE_CHECKING:
     from lowres.core.engine import Engine
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
 
 def micro_batches(recipe: Recipe, learner: Learner, rows: Sequence[Row], size: int) -> list[Batch]:
-    """The rows of one process's share of an update as padded batches of `size` rows."""
+    """The rows of one process's share of an update as batches of at most `size` rows."""
     side = recipe.objective.padding_side("train", recipe.task, learner.kind)
     pad_id = int(learner.tokenizer.pad_token_id)
-    return [collate(rows[i : i + size], pad_id, side) for i in range(0, len(rows), size)]
+    batching = batching_of(recipe)
+    return [batching.collate(group, pad_id, side) for group in batching.group(rows, size)]
 
 
 def make_gradients(
@@ -43,7 +45,7 @@ def make_gradients(
     Returns:
         Sum of the loss (the mean of several passes), targets and real tokens, over all processes.
     """
-    tokens = float(sum(int(b["attention_mask"].sum()) for b in batches))
+    tokens = float(sum(real_tokens(b) for b in batches))
     own_targets = float(sum(objective.targets(b) for b in batches))
     targets, tokens = accelerate.sum_over_processes(accelerator, [own_targets, tokens])
     loss_sum = torch.zeros((), dtype=torch.float64)

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from lowres.bridges.bitsandbytes import quantisation_states
+from lowres.bridges.streaming import streamed_tensors
 from lowres.memory.live import tensors_of
 
 
 def held(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    """Parameters, gradients, buffers, optimizer states, and what quantised layers hold beside."""
+    """Parameters, gradients, buffers, optimizer states, what quantised layers hold beside, and
+    what streams between host and device."""
     yield from tensors_of(module, optimizer)
     for _, tensor in quantisation_states(module):
         yield tensor
+    yield from streamed_tensors(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lowres.core.batching import batching_of
 from lowres.core.example import Batch, Row
 from lowres.core.recipe import Recipe
 from lowres.run.data import Data, Order, updates_of
@@ -21,23 +22,25 @@ def rows_of(recipe: Recipe, data: Data, step: int) -> list[Row]:
 def telling(batches: Sequence[Batch]) -> set[int]:
     """The first micro-batch, which meets no gradients, and the largest of those that do."""
     rest = range(1, len(batches))
-    largest = max(rest, key=lambda i: sum(t.numel() for t in batches[i].values()), default=0)
-    return {0, largest}
+    return {0, max(rest, key=lambda i: elements(batches[i]), default=0)}
+
+
+def elements(batch: Batch) -> int:
+    """Of all its tensors."""
+    return sum(tensor.numel() for tensor in batch.values())
 
 
 def usual_work(recipe: Recipe, data: Data) -> tuple[float, float]:
     """Padded and real tokens of an update, the mean over some of them."""
     order, updates = _order(recipe, data)
-    lengths = [row.length for row in data.train]
-    size = recipe.loop.micro_batch_size
+    batching, size = batching_of(recipe), recipe.loop.micro_batch_size
     chosen = range(0, updates, max(1, updates // USUAL_UPDATES))
     padded = real = 0
     for update in chosen:
-        rows = [lengths[i] for i in order.rows(update)]
-        real += sum(rows)
-        for at in range(0, len(rows), size):
-            share = rows[at : at + size]
-            padded += max(share) * len(share)
+        rows = [data.train[i] for i in order.rows(update)]
+        real += sum(row.length for row in rows)
+        for group in batching.group(rows, size):
+            padded += batching.tokens([row.length for row in group])
     return padded / len(chosen), real / len(chosen)
 
 

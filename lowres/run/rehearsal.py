@@ -20,6 +20,7 @@ import torch
 
 from lowres.bridges import accelerate, peft, rehearsal, shorten, stand_ins
 from lowres.bridges.bitsandbytes import element_count, quantisation_states
+from lowres.core import host
 from lowres.core.engine import Engine
 from lowres.core.errors import LowresError
 from lowres.core.example import Batch
@@ -155,6 +156,8 @@ class _Stage:
         load = tracer.start_anew()
         learner = dataclasses.replace(built.learner, module=module)
         tracer.hold(scenes.weights_of(learner))
+        if self.target.kind == "cuda":  # What waits on the host was loaded there.
+            self.loads_on_device &= not any(host.holds(p) for p in built.model.parameters())
         with tracer:
             engine = build.engine_of(self.recipe, self.accelerator, learner, optimizer)
         scenes.watch_updates(engine, tracer, self._name)
@@ -184,9 +187,9 @@ class _Stage:
             # From the last run to the first, so that places before it are still those of the trace.
             start = sum(len(r.kept) for r in self.runs[: self.runs.index(run)])
             trace = extend(trace, start, run.length - len(run.kept))
-        trace, host = trace.apart()
+        trace, waiting = trace.apart()
         return Rehearsal(
-            load=load, trace=trace, host=host, runs=self.runs, names=self.names,
+            load=load, trace=trace, host=waiting, runs=self.runs, names=self.names,
             trainable=self.trainable, total=self.total, saved_bytes=self.saved_bytes,
             tokens=tokens, passes=passes, repeats=repeats,
             loads_on_device=self.loads_on_device, largest_bytes=self.largest_bytes,
@@ -246,7 +249,8 @@ class _Stage:
                 engine.update(1.0, recipe.loop.max_grad_norm)
                 tracer.costing = False
                 return 0.0, 0.0, 0.0
-            if quick and len(only) > 1:
+            first, largest = (portions.elements(batches[n]) for n in (0, max(only)))
+            if quick and len(only) > 1 and first <= largest:
                 # What the first micro-batch of an update leaves are gradients.
                 only -= {0}
                 self._put_gradients(learner)
@@ -265,8 +269,8 @@ class _Stage:
 
     def _hold_batches(self, batches: Sequence[Batch], only: Iterable[int]) -> None:
         for number in only if self.target.kind == "cuda" else range(len(batches)):
+            self.tracer.hold((t, OUTSIDE, "", "batch") for t in batches[number].values())
             for tensor in batches[number].values():
-                self.tracer.hold([(tensor, OUTSIDE, "", "batch")])
                 self._name(tensor, "batch")
 
     def _put_gradients(self, learner: Learner) -> None:
@@ -291,7 +295,6 @@ class _Stage:
 
     def _name(self, tensor: Any, category: str) -> None:
         """Tell the category of what an update left behind."""
-        if isinstance(tensor, torch.Tensor):
-            number = self.tracer.number(tensor)
-            if number is not None:
-                self.tracer.trace.births[number].category = category
+        number = self.tracer.number(tensor) if isinstance(tensor, torch.Tensor) else None
+        if number is not None:
+            self.tracer.trace.births[number].category = category

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,35 @@ def two_updates(one: Any) -> tuple[list[float], dict[str, torch.Tensor], int]:
     return losses, trained, counted.peak_bytes
 
 
+@pytest.fixture(scope="session")
+def stage(
+    recipe: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """What of a recipe to change so that its levers have something to do: a lever that refuses to
+    classify is tried on answers of many lengths."""
+    folder = tmp_path_factory.mktemp("gsm8k")
+    for split in ("train", "test"):
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as table:
+            for i in range(16):
+                question = " ".join(["two", "and", "three"][: 1 + i % 3] * (1 + i % 4))
+                answer = f"{'so ' * (i % 5)}it is {i} #### {i}"
+                table.write(json.dumps({"question": question, "answer": answer}) + "\n")
+    answers = {
+        "task": {"name": "gsm8k", "folder": str(folder)},
+        "objective": {"name": "next_token", "max_new_tokens": 8},
+    }
+
+    def choose(kind: str, levers: list[Any]) -> dict[str, Any]:
+        try:
+            recipe(kind, levers=levers, method="lora")
+        except InputError as refusal:
+            if any("objective" in p.text or "asks" in p.text for p in refusal.problems):
+                return answers
+        return {}
+
+    return choose
+
+
 # With a large eps an update is nearly proportional to its gradient: AdamW's first ones are else
 # signs, which rounding turns over.
 SMOOTH = {"name": "adamw", "lr": 0.1, "eps": 1.0}
@@ -87,11 +117,13 @@ def compare(one: Any, other: Any) -> tuple[int, int]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lever", EXACT)
 def test_an_exact_lever_changes_no_update(
-    lever: str, method: str, kind: str, recipe: Callable[..., Any]
-) -> None:
+    lever: str, method: str, kind: str, recipe: Callable[..., Any],
+    stage: Callable[..., dict[str, Any]],
+) -> None:  # fmt: skip
     """Reference: the same recipe without the lever; equal to float32 rounding."""
     changes = {"method": sample_part("method", method), "optimizer": SMOOTH}
     loop = loop_for(lever)
+    changes |= stage(kind, [sample_part("lever", lever)])
     make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, loop=loop, **changes))
     compare(make([]), make([sample_part("lever", lever)]))
 
@@ -170,11 +202,13 @@ def test_a_lossy_lever_works_with_a_method_on_every_kind(
 @pytest.mark.parametrize("exact", EXACT)
 @pytest.mark.parametrize("lossy", LOSSY)
 def test_an_exact_lever_is_exact_beside_a_lossy_one(
-    lossy: str, exact: str, kind: str, recipe: Callable[..., Any]
-) -> None:
+    lossy: str, exact: str, kind: str, recipe: Callable[..., Any],
+    stage: Callable[..., dict[str, Any]],
+) -> None:  # fmt: skip
     """Reference: the lossy one alone; equal to float32 rounding."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
     loop = loop_for(lossy, exact)
+    changes |= stage(kind, [sample_part("lever", exact)])
     make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, loop=loop, **changes))
     first = sample_part("lever", lossy)
     compare(make([first]), make([first, sample_part("lever", exact)]))
@@ -182,11 +216,12 @@ def test_an_exact_lever_is_exact_beside_a_lossy_one(
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(EXACT, 2)))
 def test_every_ordered_pair_of_exact_levers_is_exact(
-    first: str, second: str, recipe: Callable[..., Any]
+    first: str, second: str, recipe: Callable[..., Any], stage: Callable[..., dict[str, Any]]
 ) -> None:
     """Reference: the recipe without either; equal to float32 rounding."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
     loop = loop_for(first, second)
+    changes |= stage("decoder", [sample_part("lever", name) for name in (first, second)])
     make = lambda levers: refused_or(lambda: recipe(levers=levers, loop=loop, **changes))
     compare(make([]), make([sample_part("lever", first), sample_part("lever", second)]))
 

@@ -255,7 +255,7 @@ def test_any_split_of_an_update_gives_the_same_gradients(
     rows = sorted(built.train_rows, key=lambda row: row.length)[:8]
     found, targets = [], []
     for size in (8, 4, 2, 1):
-        accelerator = accelerate.make(one.loop)
+        accelerator = accelerate.make(one)
         engine = engine_of(one, accelerator, built.learner, built.optimizer)
         batches = micro_batches(one, built.learner, rows, size)
         targets.append([objective.targets(batch) for batch in batches])
