@@ -88,8 +88,21 @@ def test_an_exact_lever_changes_no_update(
 ) -> None:
     """Reference: the same recipe without the lever; equal to float32 rounding."""
     changes = {"method": sample_part("method", method), "optimizer": SMOOTH}
+    changes["objective"] = objective_for(recipe, lever)
     make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, **changes))
     compare(make([]), make([sample_part("lever", lever)]))
+
+
+def objective_for(recipe: Callable[..., Any], *names: str) -> str:
+    """The first objective that these levers accept."""
+    levers = [sample_part("lever", name) for name in names]
+    for objective in ("classification", "label_words"):
+        try:
+            recipe(levers=levers, objective=objective, method=sample_part("method", "lora"))
+        except InputError:
+            continue
+        return objective
+    return "classification"
 
 
 def refused_or(make: Callable[[], Any]) -> Any:
@@ -165,6 +178,7 @@ def test_an_exact_lever_is_exact_beside_a_lossy_one(
 ) -> None:
     """Reference: the lossy one alone; equal to float32 rounding."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
+    changes["objective"] = objective_for(recipe, lossy, exact)
     make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, **changes))
     first = sample_part("lever", lossy)
     compare(make([first]), make([first, sample_part("lever", exact)]))
@@ -176,6 +190,7 @@ def test_every_ordered_pair_of_exact_levers_is_exact(
 ) -> None:
     """Reference: the recipe without either; equal to float32 rounding."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
+    changes["objective"] = objective_for(recipe, first, second)
     make = lambda levers: refused_or(lambda: recipe(levers=levers, **changes))
     compare(make([]), make([sample_part("lever", first), sample_part("lever", second)]))
 
