@@ -239,6 +239,12 @@ class Lever(Part):
     """Of a lossy lever: distance of the gradients from those without it, relative to these, up to
     which it is rounding and no mistake; before training, all trained parameters as one vector."""
 
+    def uneven(self) -> str | None:
+        """Why blocks that are built alike do not work alike under it, so that a plan has to trace
+        them all; None where a few may stand for the others.
+        """
+        return None
+
     def on_load(self, request: LoadRequest) -> LoadRequest:
         return request
 

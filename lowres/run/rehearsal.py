@@ -95,6 +95,10 @@ def rehearse(
         DoesNotRepeat: Where blocks that are built alike behave differently; ask for the `whole`.
         InputError: As the run would.
     """
+    uneven = [why for lever in recipe.levers if (why := lever.uneven())]
+    if uneven and not (whole or quick):
+        raise DoesNotRepeat("; ".join(uneven))
+    whole = whole or bool(uneven)
     peft.preload()
     stand_ins.prepare()
     inputs = dataclasses.replace(inputs, config=copy.deepcopy(inputs.config))
