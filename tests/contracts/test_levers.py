@@ -188,11 +188,20 @@ def test_an_exact_lever_is_exact_beside_a_lossy_one(
 def test_every_ordered_pair_of_exact_levers_is_exact(
     first: str, second: str, recipe: Callable[..., Any]
 ) -> None:
-    """Reference: the recipe without either; equal to float32 rounding."""
+    """Reference: the recipe without either; equal to float32 rounding. On the first kind of model
+    that both accept."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
     changes["objective"] = objective_for(recipe, first, second)
-    make = lambda levers: refused_or(lambda: recipe(levers=levers, **changes))
-    compare(make([]), make([sample_part("lever", first), sample_part("lever", second)]))
+    make = lambda kind, levers: refused_or(lambda: recipe(kind, levers=levers, **changes))
+    pair = [sample_part("lever", first), sample_part("lever", second)]
+    for kind in KINDS:
+        try:
+            compare(make(kind, []), make(kind, pair))
+        except pytest.skip.Exception:
+            if kind == KINDS[-1]:
+                raise
+        else:
+            break
 
 
 @pytest.mark.parametrize("lever", LOSSY)
