@@ -33,8 +33,24 @@ PAGE = ROOT / "docs" / "levers.md"
 UPDATES = 6
 
 FULL: dict[str, Any] = {"method": "full", "optimizer": {"name": "adamw", "lr": 1e-5}}
-WHERE: dict[str, dict[str, Any]] = {}
+UNEVEN: dict[str, Any] = {
+    "task": {"name": "grammaticality", "train_examples": 64, "eval_examples": 4},
+    "loop": {"micro_batch_size": 4, "global_batch_size": 16},
+}
+WHERE: dict[str, dict[str, Any]] = {
+    "chunked_logits": {"loop": {"max_length": 256}},
+    "length_bucketing": UNEVEN,
+    "optimizer_in_backward": FULL,
+    "optimizer_offload": FULL,
+    "sequence_packing": UNEVEN,
+}
 """What the recipe with and the one without share, where that is not the usual one."""
+
+
+def measurable() -> list[str]:
+    """Levers that a process may pull and let go again; the others are not planned either."""
+    loaded: dict[str, Any] = {n: registry.load("lever", n) for n in registry.names("lever")}
+    return [name for name, lever in loaded.items() if not lever.whole_process]
 
 
 def recipe(name: str, levers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -137,7 +153,7 @@ def main() -> None:
     if RECORD.exists():
         record = json.loads(RECORD.read_text(encoding="utf-8"))
     record["environment"] = surroundings() | {"cpu": environment.processor()}
-    for name in registry.names("lever"):
+    for name in measurable():
         if arguments.only not in ("", name):
             continue
         record["levers"][name] = one(name, arguments.n)

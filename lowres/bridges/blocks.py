@@ -88,12 +88,30 @@ def _is_stem(path: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or bool(_STEM.search(path))
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Recompute each block in the backward pass (non-reentrant: works with frozen inputs)."""
+def checkpoint_blocks(model: nn.Module, every: int = 1) -> None:
+    """Recompute blocks in the backward pass (non-reentrant: works with frozen inputs).
+
+    Args:
+        every: The first and each `every`-th after it.
+
+    Raises:
+        InputError: When the model cannot recompute some of its blocks alone.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     inner: Any = model
+    how: dict[str, Any] = {"use_reentrant": False}
     # transformers 5.23 renamed the call; both names stay until setup.cfg asks for 6.
     enable = getattr(inner, "activation_checkpointing_enable", None)
     if enable is not None:
-        enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable(activation_checkpointing_kwargs=how)
     else:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    if every == 1:
+        return
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        text = f"{type(model).__name__} recomputes all blocks or none; set every to 1"
+        raise InputError("the recipe", [f"lever 'gradient_checkpointing': {text}"])
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % every == 0

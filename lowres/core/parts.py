@@ -124,9 +124,7 @@ class Task(Part):
         raise NotImplementedError
 
     def baseline(self, train: Sequence[Example], examples: Sequence[Example]) -> Prediction | None:
-        """What to predict without a model: the majority of the training split;
-        None where there is none.
-        """
+        """The majority of the training split as a prediction; None where there is none."""
         return None
 
 
@@ -154,7 +152,7 @@ class Method(Part):
         raise NotImplementedError
 
     def before_update(self, model: nn.Module, step: int) -> None:
-        """Called before the gradients of update `step` are computed."""
+        """Called before the gradients of update `step`."""
 
 
 @part
@@ -194,9 +192,7 @@ class Objective(Part):
         raise NotImplementedError
 
     def targets(self, batch: Batch) -> int:
-        """How many terms the loss of this batch sums over;
-        the mean is taken over the global batch.
-        """
+        """How many terms the loss sums over; the mean is taken over the global batch."""
         raise NotImplementedError
 
     def loss(self, learner: Learner, batch: Batch) -> torch.Tensor:
@@ -260,6 +256,10 @@ class Lever(Part):
     def on_accelerator(self, options: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of `accelerate.Accelerator`, before anything else is made."""
         return options
+
+    def uneven(self) -> str | None:
+        """Why blocks built alike do not work alike under it, so that a plan traces all of them."""
+        return None
 
     def on_load(self, request: LoadRequest) -> LoadRequest:
         return request

@@ -50,8 +50,7 @@ class Rehearsal:
         passes: Micro-batches of an update over the traced ones.
         repeats: Padded tokens of an average update over those of the traced micro-batches.
         loads_on_device: The weights are made on the compute device, not moved there afterwards.
-        largest_bytes: Of the largest parameter as it is read: what the host holds while weights go
-            elsewhere.
+        largest_bytes: Of the largest parameter as it is read, which the host holds meanwhile.
     """
 
     load: Trace
@@ -85,17 +84,19 @@ def rehearse(
         inputs: As `build.read` gives them; only shapes of the data matter.
         target: The device whose behaviour is traced.
         whole: Trace every block instead of extending from a few.
-        quick: For a search. Blocks are left out before the method is applied, which must treat
-            alike those that are alike; of the updates only the largest micro-batch is traced, and
-            evaluation and resuming are left out.
-        states_only: With `quick`: not even that; only what the optimizer holds and takes.
+        quick: For a search. Blocks are left out before the method is applied; of the updates only
+            the largest micro-batch is traced; evaluation and resuming are left out.
+        states_only: With `quick`: only what the optimizer holds and takes.
         processes: That share the updates; one of them is traced.
 
     Raises:
         TraceFailed: Where the recipe's code needs data.
-        DoesNotRepeat: Where blocks that are built alike behave differently; ask for the `whole`.
+        DoesNotRepeat: Where blocks built alike behave differently; ask for the `whole`.
         InputError: As the run would.
     """
+    uneven = "; ".join(filter(None, (lever.uneven() for lever in recipe.levers)))
+    if uneven and not (whole or quick):
+        raise DoesNotRepeat(uneven)
     peft.preload()
     stand_ins.prepare()
     inputs = dataclasses.replace(inputs, config=copy.deepcopy(inputs.config))
@@ -105,9 +106,8 @@ def rehearse(
         torch.random.fork_rng(devices=[]),
         warnings.catch_warnings(),
     ):
-        # Libraries warn of what they meet only here: fake tensors, and a CPU in place of a GPU.
-        warnings.simplefilter("ignore")
-        stage = _Stage(recipe, inputs, accelerator, target, whole, quick)
+        warnings.simplefilter("ignore")  # of fake tensors, and of a CPU in place of a GPU
+        stage = _Stage(recipe, inputs, accelerator, target, whole or bool(uneven), quick)
         stage.states_only, stage.processes = states_only, processes
         try:
             return stage.play()

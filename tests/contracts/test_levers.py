@@ -218,12 +218,21 @@ def test_an_exact_lever_is_exact_beside_a_lossy_one(
 def test_every_ordered_pair_of_exact_levers_is_exact(
     first: str, second: str, recipe: Callable[..., Any], stage: Callable[..., dict[str, Any]]
 ) -> None:
-    """Reference: the recipe without either; equal to float32 rounding."""
+    """Reference: the recipe without either; equal to float32 rounding. On the first kind of model
+    that both accept."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
-    loop = loop_for(first, second)
-    changes |= stage("decoder", [sample_part("lever", name) for name in (first, second)])
-    make = lambda levers: refused_or(lambda: recipe(levers=levers, loop=loop, **changes))
-    compare(make([]), make([sample_part("lever", first), sample_part("lever", second)]))
+    loop, pair = loop_for(first, second), [sample_part("lever", n) for n in (first, second)]
+    make = lambda kind, levers: refused_or(
+        lambda: recipe(kind, levers=levers, loop=loop, **changes | stage(kind, pair))
+    )
+    for kind in KINDS:
+        try:
+            compare(make(kind, []), make(kind, pair))
+        except pytest.skip.Exception:
+            if kind == KINDS[-1]:
+                raise
+        else:
+            break
 
 
 @pytest.mark.parametrize("lever", LOSSY)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.levers import PAGE, RECORD, measured, recipe, table
+from benchmarks.levers import PAGE, RECORD, measurable, measured, recipe, table
 from lowres.core import registry
 from tests.conftest import sample_part
 
-LEVERS = registry.names("lever")
+LEVERS = measurable()
 
 
 @pytest.fixture(scope="module")
