@@ -39,6 +39,7 @@ class FrozenOffload(Lever):
     """
 
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
+    searched: ClassVar[int | None] = 3
 
     resident: Annotated[int, Field(ge=2, le=3)] = 2
 
