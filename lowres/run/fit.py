@@ -102,7 +102,7 @@ def fit(
         recipe=None if chosen is None else _text(chosen, model, start["task"]["name"], card),
         seconds=time.monotonic() - started,
         instead=[] if chosen is not None else list(instead(found, pool, device, card)),
-        notes=notes,
+        notes=list(dict.fromkeys(notes)),
     )
 
 
