@@ -17,12 +17,11 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 SIGNS = {"works": "works", "refused": "refused", "fails": "**fails**"}
 HEAD = """# What goes together
 
-Each cell was run: two updates on a tiny decoder, a checkpoint after each, a resume from the first,
-the saved model loaded again and, where the method can be merged, merged. *works* means that all of
-it agrees; *refused* that lowres says no before anything is loaded; *fails* that it ought to work
-and does not. The numbers lead to the reasons at the end. `lowres check RECIPE` reads the same
-table; `lowres bench compatibility` runs what it lacks, and `python -m benchmarks.compatibility`
-writes this page.
+Each cell was run: two updates on a tiny decoder, a checkpoint after each, the saved model, and a
+resume from the first checkpoint. *works* means that losses and saved tensors of both are equal, bit
+for bit; *refused* that lowres says no before training; *fails* that it ought to work and does not.
+The numbers lead to the reasons at the end. `lowres check RECIPE` reads the same table; `lowres
+bench compatibility` runs what it lacks, and `python -m benchmarks.compatibility` writes this page.
 """
 
 

@@ -34,13 +34,18 @@ UPDATES = 6
 
 FULL: dict[str, Any] = {"method": "full", "optimizer": {"name": "adamw", "lr": 1e-5}}
 UNEVEN: dict[str, Any] = {
-    "task": {"name": "grammaticality", "train_examples": 64, "eval_examples": 4},
-    "loop": {"micro_batch_size": 4, "global_batch_size": 16},
+    "task": {"name": "gsm8k", "train_examples": 64, "eval_examples": 2},
+    "objective": {"name": "next_token", "max_new_tokens": 8},
+    "loop": {"micro_batch_size": 4, "global_batch_size": 16, "max_length": 256},
+}
+SMALL: dict[str, Any] = {
+    "levers": [{"name": "gradient_checkpointing"}],
+    "loop": {"micro_batch_size": 1, "global_batch_size": 1, "max_length": 32},
 }
 WHERE: dict[str, dict[str, Any]] = {
-    "chunked_logits": {"loop": {"max_length": 256}},
+    "chunked_logits": {"loop": {"max_length": 256}, "fields": {"chunk": 64}},
     "length_bucketing": UNEVEN,
-    "optimizer_in_backward": FULL,
+    "optimizer_in_backward": FULL | SMALL,
     "optimizer_offload": FULL,
     "sequence_packing": UNEVEN,
 }
@@ -70,7 +75,7 @@ def recipe(name: str, levers: list[dict[str, Any]]) -> dict[str, Any]:
         "objective": "next_token",
         "optimizer": {"name": "adamw", "lr": 1e-4},
         "levers": [*changes.get("levers", []), *levers],
-        **{k: v for k, v in changes.items() if k not in ("loop", "levers")},
+        **{k: v for k, v in changes.items() if k not in ("loop", "levers", "fields")},
         "loop": loop,
     }  # fmt: skip
 
@@ -91,15 +96,22 @@ def one(name: str, n: int) -> dict[str, Any]:
     """A lever's row."""
     lever: Any = registry.load("lever", name)
     without = recipe(name, [])
-    pulled = recipe(name, [{"name": name, **lever.sample_fields}])
+    fields = WHERE.get(name, {}).get("fields", {})
+    pulled = recipe(name, [{"name": name, **lever.sample_fields, **fields}])
     cpu, base = devices.load("cpu"), load_recipe(without)
-    (line,) = ladder(base, cpu, plan(base, cpu), f"lever {name}")
+    planned = plan(base, cpu)
+    if fields:
+        saved = planned.needed_bytes - plan(load_recipe(pulled), cpu).needed_bytes
+    else:
+        (line,) = ladder(base, cpu, planned, f"lever {name}")
+        assert line.saved_bytes is not None, line.problem
+        saved = line.saved_bytes
     runs = [(measured(without), measured(pulled)) for _ in range(n)]
     (before, after) = (runs[0][0][0], runs[0][1][0])
     assert all((a[0], b[0]) == (before, after) for a, b in runs), "live bytes differ between runs"
     ratios = [b[1] / a[1] for a, b in runs]
     return {
-        "effect": lever.effect, "before": before, "after": after, "planned": line.saved_bytes,
+        "effect": lever.effect, "before": before, "after": after, "planned": saved,
         "ratio": statistics.median(ratios), "ratios": sorted(ratios), "n": n,
     }  # fmt: skip
 

@@ -35,7 +35,7 @@ class Cell:
     """What became of a combination.
 
     Args:
-        outcome: `works`: two updates, a save, a resume, a reload and a merge were made and agree;
+        outcome: `works`: two updates, a save and a resume were made and agree bit for bit;
             `refused`: lowres said no; `fails`: it ought to work and does not.
         reason: Why it does not work; empty where it does.
         model: On which it was run.
