@@ -101,7 +101,9 @@ class Apollo(LowRank):
         norm = change.norm()
         if "norm" in state:
             # Growth is limited without looking at the values, which would wait for the device.
-            over = (norm / (state["norm"] + 1e-8)).div_(group["growth"]).clamp_(min=1.0)
+            over = (norm / (state["norm"] * group["growth"])).clamp_(min=1.0)
+            # Nothing grows from 0, the norm of an adapter's A while its B is 0.
+            over.masked_fill_(state["norm"] == 0, 1.0)
             change.div_(over)
             norm = norm / over
         state["norm"] = norm

@@ -123,8 +123,11 @@ def _result(ours: Any, code: int | None, seconds: float) -> Cell:
 
 
 def _cell(one: Combination, folder: Path, told: Any) -> None:
+    import torch
+
     from lowres.run.compatibility_cell import try_out
 
+    torch.set_num_threads(1)
     os.chdir(folder)
     started = time.monotonic()
     refusal: InputError | None = None

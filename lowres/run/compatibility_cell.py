@@ -26,7 +26,6 @@ CLEAN = dict(os.environ)
 
 # Loaded where the processes of all combinations are forked from.
 peft.preload()
-torch.set_num_threads(1)
 
 
 def biased(folder: Path) -> Path:

@@ -20,6 +20,8 @@ from lowres.run.assumed import inputs_for
 from lowres.run.rehearsal import Rehearsal, rehearse
 
 _STEPS = ("first_step", "steady_steps")
+_LOST = 0.01
+"""Between the plan and the quick rehearsal of one recipe, over what is needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,11 @@ class _Scale:
         elsewhere = max(p.allocated_bytes or p.live_bytes
                         for name, p in found.phases.items() if name not in _STEPS)  # fmt: skip
         refused = found.fits is False or found.host_fits is False
+        # Room lost between tensors differs from layout to layout: no difference tells it.
+        lost = abs(found.needed_bytes - self.base.needed_bytes)
         return (
             found.peak_phase not in _STEPS
+            or lost > found.needed_bytes * _LOST
             or change.needed_bytes <= elsewhere + context
             or (refused and (change.fits is True or found.fits is not False))
         )

@@ -118,6 +118,16 @@ def test_states_take_the_bytes_that_are_said(
     assert sum(v.nbytes for v in state if isinstance(v, torch.Tensor)) == expected
 
 
+def test_apollo_lets_a_matrix_start_whose_first_gradient_is_zero() -> None:
+    """Behaviour: so is the gradient of an adapter's A while its B is 0."""
+    p = nn.Parameter(torch.ones(6, 9))
+    optimizer = registry.load("optimizer", "apollo")(**FIELDS["apollo"]).make([("w", p)])
+    for scale in (0.0, 1.0):
+        p.grad = torch.full_like(p, scale)
+        optimizer.step()
+    assert float((p.detach() - 1).abs().max()) > 1e-4
+
+
 @pytest.mark.parametrize("name", ["galore", "apollo"])
 def test_small_matrices_tables_and_vectors_are_updated_by_adamw(name: str) -> None:
     """Reference: torch's AdamW."""
