@@ -92,6 +92,13 @@ def from_main_process(accelerator: Any, items: list[Any]) -> list[Any]:
     return items
 
 
+def agreed(items: list[Any]) -> list[Any]:
+    """The main process's list, on every process, wherever no Accelerator is at hand."""
+    from accelerate.state import PartialState, is_initialized
+
+    return from_main_process(PartialState(), items) if is_initialized() else items
+
+
 def sum_over_processes(accelerator: Any, values: Sequence[float]) -> list[float]:
     """Add up float64 numbers over all processes; every process gets the sums."""
     if accelerator.num_processes == 1:
@@ -120,8 +127,12 @@ def checkpoint_trained_only(accelerator: Any, model: nn.Module) -> None:
     """
     from safetensors.torch import load_file, save_file
 
+    # Now, and not when it is written: later some of it may rest for a while.
+    ever = [name for name, p in model.named_parameters() if p.requires_grad]
+
     def trained() -> dict[str, torch.Tensor]:
-        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        there = dict(model.named_parameters())
+        return {name: there[name].detach() for name in ever}
 
     def save(_models: list[nn.Module], weights: list[Any], folder: str) -> None:
         weights.clear()

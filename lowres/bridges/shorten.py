@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,20 +27,22 @@ class Run:
     kept: tuple[int, ...]
 
 
-def runs_of(model: nn.Module, names: Sequence[str], trained: Set[str], shorten: bool) -> list[Run]:
+def runs_of(
+    model: nn.Module, names: Sequence[str], roles: Mapping[str, Hashable], shorten: bool
+) -> list[Run]:
     """Group blocks by structure: parameters, what of them is trained, and classes of modules.
 
     Args:
         model: The transformers model, with or without adapters.
         names: Paths of its blocks.
-        trained: Those in which a method may train.
+        roles: What is done with each; blocks of a run have the same.
         shorten: Keep at most `TRACED` blocks of a run, else all.
     """
     runs: list[Run] = []
     start = 0
     blocks = [model.get_submodule(name) for name in names]
     kinds = [
-        (name.rpartition(".")[0], name in trained, _structure(b))
+        (name.rpartition(".")[0], roles[name], _structure(b))
         for name, b in zip(names, blocks, strict=True)
     ]
     for at in range(1, len(names) + 1):

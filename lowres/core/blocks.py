@@ -18,6 +18,8 @@ class Blocks:
         head: Module paths that were made anew for this task and hold no pretrained weight. Every
             method trains them: a frozen random head cannot be fine-tuned around.
         train_stem: Whether the embeddings may be trained.
+        train_top: Whether what lies neither in a block nor below may be: final norm, output layer.
+        scores: Of every block, where they were what the choice was made by.
     """
 
     names: tuple[str, ...]
@@ -25,14 +27,16 @@ class Blocks:
     stem: tuple[str, ...]
     head: tuple[str, ...] = ()
     train_stem: bool = True
+    train_top: bool = True
+    scores: tuple[float, ...] = ()
 
     @property
     def frozen(self) -> tuple[str, ...]:
         return tuple(n for n in self.names if n not in self.trained)
 
-    def only(self, trained: Iterable[str], *, train_stem: bool) -> Blocks:
+    def only(self, trained: Iterable[str], *, train_stem: bool, train_top: bool = True) -> Blocks:
         """The same map with another choice of trained blocks."""
-        return replace(self, trained=frozenset(trained), train_stem=train_stem)
+        return replace(self, trained=frozenset(trained), train_stem=train_stem, train_top=train_top)
 
     def trains(self, parameter: str) -> bool:
         """Whether a parameter, named by its path, lies where training is allowed."""
@@ -42,6 +46,6 @@ class Blocks:
 
         if below(self.head):
             return True
-        if below(self.frozen):
-            return False
-        return self.train_stem or not below(self.stem)
+        if below(self.names):
+            return not below(self.frozen)
+        return self.train_stem if below(self.stem) else self.train_top

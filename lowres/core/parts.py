@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lowres.core.engine import Accelerator, Engine
     from lowres.core.learner import Encoder, Head, Kind, Learner, LoadRequest
     from lowres.core.recipe import Recipe
+    from lowres.core.sample import Sample
     from lowres.core.session import Session
 
 T = TypeVar("T")
@@ -161,14 +162,9 @@ class Freezing(Part):
 
     family: ClassVar[str] = "freezing"
 
-    def blocks(self, learner: Learner, sample: Iterable[Batch]) -> Blocks:
-        """The learner's map with a choice made.
-        `sample` yields batches for strategies that look at data.
-        """
+    def blocks(self, learner: Learner, sample: Sample) -> Blocks:
+        """The learner's map with a choice made; `sample` is for strategies that look at data."""
         raise NotImplementedError
-
-    def before_update(self, model: nn.Module, step: int) -> None:
-        """Called before update `step`, for strategies that rotate."""
 
 
 @part

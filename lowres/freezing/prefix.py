@@ -8,7 +8,7 @@ Departs from the paper: none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowres.core.errors import InputError, Problem
@@ -16,8 +16,8 @@ from lowres.core.parts import Freezing, PositiveInt, part
 
 if TYPE_CHECKING:
     from lowres.core.blocks import Blocks
-    from lowres.core.example import Batch
     from lowres.core.learner import Learner
+    from lowres.core.sample import Sample
 
 
 @part
@@ -32,7 +32,7 @@ class Prefix(Freezing):
 
     frozen: PositiveInt
 
-    def blocks(self, learner: Learner, sample: Iterable[Batch]) -> Blocks:
+    def blocks(self, learner: Learner, sample: Sample) -> Blocks:
         names = learner.blocks.names
         if self.frozen > len(names):
             raise InputError(

@@ -4,7 +4,8 @@ or any loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,16 @@ from lowres.core.example import Batch, Row
 from lowres.core.learner import Encoder, Head, Kind, Learner, LoadRequest
 from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
+from lowres.core.rotation import Rotation
+from lowres.core.sample import Sample
+from lowres.core.scored import Scored
 from lowres.run import data as data_module
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lowres.core.blocks import Blocks
     from lowres.core.engine import Engine
     from lowres.run.data import Data
 
@@ -50,6 +55,7 @@ class Built:
         learner: The model as objectives ask it.
         inputs: Configuration and data.
         loaded: Types of the weights when they were loaded, by name; see `weights.types_of`.
+        rotation: To be told of every update: `rotation.turn(optimizer, step)` before its gradients.
     """
 
     model: nn.Module
@@ -60,6 +66,7 @@ class Built:
     learner: Learner
     inputs: Inputs
     loaded: dict[str, torch.dtype]
+    rotation: Rotation
 
 
 def read(recipe: Recipe, splits: data_module.Splits | None = None) -> Inputs:
@@ -165,12 +172,14 @@ def assemble(
     load: Callable[..., tuple[nn.Module, list[str]]] | None = None,
     chosen: Callable[[Learner], None] | None = None,
     adapted: Callable[[Learner], None] | None = None,
+    choose: Callable[[Learner], Blocks] | None = None,
 ) -> Built:
     """Load the weights and fold in freezing, method, levers and optimizer, in that order.
 
     Args:
         load: Takes the place of `transformers.load_model` (the planner loads shapes).
         chosen, adapted: Called after the freezing has chosen and after the method was applied.
+        choose: Takes the place of `choice_of`.
     """
     import torch
 
@@ -189,7 +198,8 @@ def assemble(
     loaded = weights.types_of(model)
     learner = Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
-    learner.blocks = recipe.freezing.blocks(learner, _sample(recipe, inputs))
+    learner.blocks = choose(learner) if choose else choice_of(recipe, inputs, learner)
+    rotation = Rotation(recipe.freezing, model, blocks.names)
     if chosen is not None:
         chosen(learner)
     torch.manual_seed(seed)
@@ -217,7 +227,29 @@ def assemble(
         learner=learner,
         inputs=inputs,
         loaded=loaded,
+        rotation=rotation,
     )
+
+
+def choice_of(recipe: Recipe, inputs: Inputs, learner: Learner) -> Blocks:
+    """Which blocks train; the main process decides for all."""
+    from lowres.bridges.accelerate import agreed
+
+    found = recipe.freezing.blocks(learner, sample_of(recipe, inputs))
+    if isinstance(recipe.freezing, Scored):
+        found = dataclasses.replace(found, trained=frozenset(agreed(sorted(found.trained))))
+    return found
+
+
+def keep(chosen: Sequence[str] | None) -> Callable[[Learner], Blocks] | None:
+    """Takes the place of `choice_of` where the choice was made before; None where it was not."""
+    return None if chosen is None else lambda learner: Scored.keep(learner.blocks, chosen)
+
+
+def sample_of(recipe: Recipe, inputs: Inputs, largest_only: bool = False) -> Sample:
+    """The training rows for a freezing that looks at data."""
+    make, size = collator(recipe, inputs), recipe.loop.micro_batch_size
+    return Sample(inputs.data.train, make, recipe.objective, size, largest_only)
 
 
 def engine_of(
@@ -245,14 +277,3 @@ def collator(recipe: Recipe, inputs: Inputs) -> Callable[[Sequence[Row]], Batch]
     side = recipe.objective.padding_side("train", recipe.task, inputs.kind)
     batching = batching_of(recipe)
     return lambda rows: batching.collate(rows, inputs.encoder.pad_id, side)
-
-
-def _sample(recipe: Recipe, inputs: Inputs) -> Iterable[Batch]:
-    """Micro-batches in the data set's order, made as they are asked for."""
-    make, rows, size = collator(recipe, inputs), inputs.data.train, recipe.loop.micro_batch_size
-
-    def batches() -> Iterator[Batch]:
-        for start in range(0, len(rows), size):
-            yield make(rows[start : start + size])
-
-    return batches()

@@ -36,6 +36,7 @@ class Progress:
         recipe: Resolved, to say what differs when it is another one.
         micro_batch_size: In use; smaller than the recipe's after recovering from lack of memory.
         train_seconds: Spent in updates, over all parts of a run that was resumed.
+        chosen: Blocks that a freezing chose by looking at data, which need not choose them again.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Progress:
     learning_rates: list[float] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    chosen: list[str] | None = None
 
 
 def save(accelerator: Any, output: Path, progress: Progress, keep: int) -> int:

@@ -12,16 +12,17 @@ import torch
 
 from lowres.bridges import accelerate, deepspeed, peft, transformers
 from lowres.bridges.bitsandbytes import element_count
-from lowres.core.errors import InputError, Interrupted, LowresError, OutOfMemory, Problem
+from lowres.core.errors import InputError, Interrupted, LowresError, OutOfMemory
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
 from lowres.memory.meter import Meter
-from lowres.run import build, checkpoint, environment, output, weights
+from lowres.run import build, checkpoint, environment, output, processes
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
 from lowres.run.held import held
 from lowres.run.progress import Reporter
+from lowres.run.remarks import remarks
 from lowres.run.session import TrainingSession, is_out_of_memory
 
 
@@ -59,11 +60,12 @@ def execute(
     session: TrainingSession | None = None
     refused = False
     try:
-        resumed = None
+        resumed, chosen = None, None
         if found is not None:
             resumed = (found, checkpoint.progress_of(found, recipe.digest, recipe.resolved()))
+            chosen = resumed[1].chosen
             output.stop_if_finished(folder, found)
-        _check_processes(recipe, accelerator)
+        processes.check(recipe, accelerator.num_processes)
         _limit(recipe, accelerator, reporter)
         reporter.say(f"{output.stem(recipe)}: {_plan_line(recipe)}\noutput: {folder}")
         inputs = build.read(recipe)
@@ -75,7 +77,7 @@ def execute(
         peft.preload()
         meter.start()
         with meter.phase("load", lambda: ()), transformers.loading_in_this_thread():
-            built = build.assemble(recipe, inputs)
+            built = build.assemble(recipe, inputs, choose=build.keep(chosen))
             module, optimizer = accelerator.prepare(built.model, built.optimizer)
         if accelerator.is_main_process:
             output.write_recipe(folder, recipe)
@@ -93,17 +95,11 @@ def execute(
         session = TrainingSession(
             recipe=recipe, learner=learner, engine=engine, data=inputs.data,
             accelerator=accelerator, meter=meter, reporter=reporter, output=folder,
-            started=started, evaluate=score, resume=resumed,
+            started=started, evaluate=score, resume=resumed, rotation=built.rotation,
         )  # fmt: skip
         if resumed is None:
-            for remark in inputs.data.remarks:
-                session.event("data", remark)
-            for kind, text in weights.remarks(recipe, built.loaded, built.model, meter.device):
+            for kind, text in remarks(recipe, built, meter.device, unplanned):
                 session.event(kind, text)
-            if unplanned is not None:
-                session.event("plan", unplanned)
-            if learner.blocks.head:
-                session.event("head", f"made anew, to be trained: {', '.join(learner.blocks.head)}")
         else:
             session.event("resumed", f"goes on after update {session.progress.step}")
 
@@ -180,21 +176,6 @@ def _new_record(recipe: Recipe, accelerator: Any) -> RunRecord:
         task_version=recipe.task.version,
         environment=environment.describe(accelerator.device, accelerator.num_processes),
     )
-
-
-def _check_processes(recipe: Recipe, accelerator: Any) -> None:
-    loop, processes = recipe.loop, accelerator.num_processes
-    if loop.global_batch_size % (loop.micro_batch_size * processes):
-        raise InputError(
-            "the recipe",
-            [
-                Problem(
-                    "loop.global_batch_size",
-                    f"{loop.global_batch_size} is no multiple of micro_batch_size "
-                    f"{loop.micro_batch_size} times {processes} processes",
-                )
-            ],
-        )
 
 
 def _limit(recipe: Recipe, accelerator: Any, reporter: Reporter) -> None:

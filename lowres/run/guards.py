@@ -13,7 +13,7 @@ one norm of each gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -61,6 +61,7 @@ class Guards:
         self._largest: dict[str, float] = {}
         """Of each trained parameter's gradients so far."""
         self._updates = 0
+        self._ever: list[str] = []
         self._trained: dict[str, int] = {}
         self._frozen: dict[str, int] = {}
 
@@ -72,6 +73,7 @@ class Guards:
         """
         rates = {id(p): g["lr"] for g in self._optimizer.param_groups for p in g["params"]}
         trained = dict(_trained(self._model))
+        self._ever = list(trained)
         if "moved" not in self._waived:
             missing = [name for name, p in trained.items() if id(p) not in rates]
             if missing:
@@ -134,13 +136,15 @@ class Guards:
         rates = {id(p): float(g["lr"]) for g in self._optimizer.param_groups for p in g["params"]}
         if skipped or not self.watching or not any(rates.values()):
             return
-        for name, parameter in _trained(self._model):
+        there = dict(_trained(self._model))
+        for name, parameter in there.items():
             self._rates[name] = max(self._rates.get(name, 0.0), rates.get(id(parameter), 0.0))
         self._updates += 1
+        # What rested meanwhile, or has just come in, has made too few updates to tell.
+        self._trained = {n: was for n, was in self._trained.items() if n in there}
         if self.watching or "moved" in self._waived:
             return
-        there = dict(_trained(self._model))
-        still = [n for n, was in self._trained.items() if n in there and checksum(there[n]) == was]
+        still = [name for name, was in self._trained.items() if checksum(there[name]) == was]
         small = [name for name in still if self._is_small(name, there[name])]
         if still and (len(still) == len(self._trained) or len(small) < len(still)):
             named = [n for n in still if n not in small] or still
@@ -177,7 +181,8 @@ class Guards:
             GuardFailed: When a trained tensor is not in the files, bit for bit.
         """
         if "saved" not in self._waived:
-            stop_at_lost(self._model, folder)
+            own = dict(self._model.named_parameters())
+            stop_at_lost(self._model, folder, [(name, own[name]) for name in self._ever])
 
     def _is_small(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether an update may be lost in rounding: by its size, or as 16 bits lose most."""
@@ -193,11 +198,16 @@ class Guards:
         return rate * min(largest, 1.0) < torch.finfo(parameter.dtype).eps * held
 
 
-def stop_at_lost(model: nn.Module, folder: Path) -> None:
+def stop_at_lost(
+    model: nn.Module, folder: Path, trained: Iterable[tuple[str, nn.Parameter]] | None = None
+) -> None:
     """Raise GuardFailed when a trained tensor is not among those in a folder's safetensors.
 
     By content, since names differ between a model in memory and in a file; a whole model's files
     are only asked for the names that they have.
+
+    Args:
+        trained: With their names; None for those that the model says to be trained now.
     """
     files = sorted(folder.glob("*.safetensors"))
     found: set[tuple[tuple[int, ...], torch.dtype, int]] = set()
@@ -211,7 +221,7 @@ def stop_at_lost(model: nn.Module, folder: Path) -> None:
     adapter = (folder / "adapter_config.json").exists()
     lost = [
         name
-        for name, p in _trained(model)
+        for name, p in trained or _trained(model)
         if (adapter or name in names) and (tuple(p.shape), p.dtype, checksum(p)) not in found
     ]
     if lost:

@@ -1,16 +1,51 @@
-"""Which rows and micro-batches of a run a rehearsal needs to see."""
+"""Which updates, rows and micro-batches of a run a rehearsal needs to see."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lowres.core.batching import batching_of
 from lowres.core.example import Batch, Row
 from lowres.core.recipe import Recipe
+from lowres.core.rotation import Rotating
 from lowres.run.data import Data, Order, updates_of
 
 USUAL_UPDATES = 32
 """Updates over which the usual padding is averaged."""
+
+
+def updates_shown(recipe: Recipe, data: Data, names: Sequence[str]) -> list[int]:
+    """The first two updates; where blocks rotate, the first and then the first two of the period
+    that reaches lowest, which keeps most for backward.
+
+    Args:
+        names: Of all blocks.
+    """
+    freezing, updates = recipe.freezing, updates_of(recipe, len(data.train))
+    if not isinstance(freezing, Rotating):
+        return [0, 1]
+    lowest, worst = len(names), 0
+    for turn in range(-(-updates // freezing.period)):
+        place = min(map(names.index, freezing.active(names, turn)))
+        if place < lowest:
+            lowest, worst = place, turn
+        if place == 0:
+            break
+    if worst == 0:
+        return [0, 1]
+    first = worst * freezing.period
+    shown = [0, first, first + 1] if freezing.period > 1 else [0, first]
+    return [update for update in shown if update < updates]
+
+
+def parts_played(recipe: Recipe, names: Sequence[str], shown: Sequence[int]) -> dict[str, Any]:
+    """Whether each block trains in each of some updates; nothing where blocks do not rotate."""
+    freezing = recipe.freezing
+    if not isinstance(freezing, Rotating):
+        return {}
+    sets = [freezing.active(names, update // freezing.period) for update in shown]
+    return {name: tuple(name in one for one in sets) for name in names}
 
 
 def rows_of(recipe: Recipe, data: Data, step: int) -> list[Row]:

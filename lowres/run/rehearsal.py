@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,19 @@ import torch
 from lowres.bridges import accelerate, peft, rehearsal, shorten, stand_ins
 from lowres.bridges.bitsandbytes import element_count, quantisation_states
 from lowres.core import host
+from lowres.core.blocks import Blocks
 from lowres.core.engine import Engine
 from lowres.core.errors import LowresError
-from lowres.core.example import Batch
 from lowres.core.learner import Learner
 from lowres.core.recipe import Recipe
+from lowres.core.scored import Scored
 from lowres.memory.extend import DoesNotRepeat, extend
 from lowres.memory.places import following
-from lowres.memory.trace import OUTSIDE, Trace
+from lowres.memory.trace import Trace
 from lowres.memory.tracer import TraceFailed, Tracer
 from lowres.memory.translate import Target, translating
 from lowres.run import build, portions, scenes
+from lowres.run.categories import Categories
 from lowres.run.gradients import make_gradients, micro_batches
 
 
@@ -136,8 +138,10 @@ class _Stage:
         self.states_only, self.processes = False, 1
         self.later: list[Callable[[], None]] = []
         self.tracer = Tracer()
+        self.categories = Categories(self.tracer)
         self.runs: list[shorten.Run] = []
         self.names: tuple[str, ...] = ()
+        self.shown: list[int] = []
 
     def play(self) -> Rehearsal:
         tracer = self.tracer
@@ -151,6 +155,7 @@ class _Stage:
                 ),
                 chosen=self._shorten if self.quick else None,
                 adapted=self._adapted,
+                choose=self._choose,
             )
             module, optimizer = self.accelerator.prepare(built.model, built.optimizer)
         load = tracer.start_anew()
@@ -160,17 +165,20 @@ class _Stage:
             self.loads_on_device &= not any(host.holds(p) for p in built.model.parameters())
         with tracer:
             engine = build.engine_of(self.recipe, self.accelerator, learner, optimizer)
-        scenes.watch_updates(engine, tracer, self._name)
+        scenes.watch_updates(engine, tracer, self.categories.name)
         if self.processes > 1:
             # DistributedDataParallel keeps a flat copy of all gradients, in buckets.
             tracer.permanent(self.saved_bytes, "gradient buckets of several processes")
 
         tokens = passes = repeats = 0.0
         with self._following(learner), translating(tracer, self.target):
-            for step, phase in enumerate(("first_step", "steady_steps")):
-                tracer.mark(phase)
-                tokens, passes, repeats = self._update(learner, engine, step)
-                self._tell_states(engine)
+            for number, update in enumerate(self.shown):
+                if number < 2:
+                    tracer.mark(("first_step", "steady_steps")[number])
+                with tracer:
+                    built.rotation.turn(engine.optimizer, update)
+                tokens, passes, repeats = self._update(learner, engine, number)
+                self.categories.states(engine)
             tracer.mark("save")
             tracer.mark("evaluate")
             if not self.quick:
@@ -209,10 +217,26 @@ class _Stage:
         if not self.runs:
             self._shorten(learner)
 
+    def _choose(self, learner: Learner) -> Blocks:
+        recipe, names = self.recipe, learner.blocks.names
+        self.shown = portions.updates_shown(recipe, self.inputs.data, names)
+        sample = build.sample_of(recipe, self.inputs, largest_only=True)
+        if not isinstance(recipe.freezing, Scored):
+            return recipe.freezing.blocks(learner, sample)
+        if not self.quick:
+            # Where weights are loaded, that is where the choice is made.
+            quantised = any(True for _ in quantisation_states(learner.base))
+            on = translating(self.tracer, self.target) if quantised else contextlib.nullcontext()
+            with on:
+                recipe.freezing.scores(learner, sample)
+        return Scored.keep(learner.blocks, recipe.freezing.costliest(names))
+
     def _shorten(self, learner: Learner) -> None:
         model, blocks = peft.unwrap_adapted(learner.base), learner.blocks
         self.names = blocks.names
-        self.runs = shorten.runs_of(model, self.names, blocks.trained, not self.whole)
+        played = portions.parts_played(self.recipe, blocks.names, self.shown)
+        roles = {name: (name in blocks.trained, played.get(name)) for name in blocks.names}
+        self.runs = shorten.runs_of(model, self.names, roles, not self.whole)
         kept = [place for run in self.runs for place in run.kept]
         if len(kept) < len(self.names):
             names = shorten.shorten(model, self.names, kept)
@@ -229,22 +253,22 @@ class _Stage:
 
     def _update(self, learner: Learner, engine: Engine, step: int) -> tuple[float, float, float]:
         recipe, tracer = self.recipe, self.tracer
+        last = step == len(self.shown) - 1
         learner.base.train()
         rows = portions.rows_of(recipe, self.inputs.data, step)
         rows = rows[: -(-len(rows) // self.processes)]
         with tracer:
             tracer.enter("forward")
-            recipe.freezing.before_update(learner.base, step)
             recipe.method.before_update(learner.base, step)
             with self.target.on_host(tracer):
                 batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
             only = portions.telling(batches)
             engine.begin(1.0)
             quick = self.quick and engine.keeps_gradients
-            if quick and (step == 0 or self.states_only):
+            if quick and (not last or self.states_only):
                 # What a first update leaves are optimizer states, and that takes only gradients.
-                self._put_gradients(learner)
-                tracer.costing = step == 1
+                self.categories.put_gradients(learner)
+                tracer.costing = last
                 tracer.enter("optimizer step")
                 engine.update(1.0, recipe.loop.max_grad_norm)
                 tracer.costing = False
@@ -253,12 +277,13 @@ class _Stage:
             if quick and len(only) > 1 and first <= largest:
                 # What the first micro-batch of an update leaves are gradients.
                 only -= {0}
-                self._put_gradients(learner)
-            self._hold_batches(batches, only)
+                self.categories.put_gradients(learner)
+            on_card = self.target.kind == "cuda"
+            self.categories.batches(batches, only if on_card else range(len(batches)))
             passes = len(batches) / len(only)
             traced = sum(batches[number]["input_ids"].numel() for number in only)
-            tracer.costing = step == 1
-            told = scenes.Staged(engine, tracer, self._tell_gradients)
+            tracer.costing = last
+            told = scenes.Staged(engine, tracer, self.categories.gradients)
             make_gradients(recipe.objective, learner, told, self.accelerator, batches, 0, only)
             del batches
             tracer.enter("optimizer step")
@@ -266,35 +291,3 @@ class _Stage:
             tracer.costing = False
         usual, tokens = portions.usual_work(recipe, self.inputs.data)
         return tokens, passes, usual / self.processes / traced
-
-    def _hold_batches(self, batches: Sequence[Batch], only: Iterable[int]) -> None:
-        for number in only if self.target.kind == "cuda" else range(len(batches)):
-            self.tracer.hold((t, OUTSIDE, "", "batch") for t in batches[number].values())
-            for tensor in batches[number].values():
-                self._name(tensor, "batch")
-
-    def _put_gradients(self, learner: Learner) -> None:
-        self.tracer.enter("gradients")
-        for parameter in learner.base.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
-        self._tell_gradients(learner)
-        self.tracer.enter("forward")
-
-    def _tell_gradients(self, learner: Learner) -> None:
-        for parameter in learner.base.parameters():
-            self._name(parameter.grad, "gradients")
-
-    def _tell_states(self, engine: Engine) -> None:
-        for state in engine.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor) and self.tracer.number(value) is None:
-                    # Made before the steps, such as the code books of 8-bit states.
-                    self.tracer.hold([(value, OUTSIDE, "", "optimizer states")])
-                self._name(value, "optimizer states")
-
-    def _name(self, tensor: Any, category: str) -> None:
-        """Tell the category of what an update left behind."""
-        number = self.tracer.number(tensor) if isinstance(tensor, torch.Tensor) else None
-        if number is not None:
-            self.tracer.trace.births[number].category = category

@@ -22,6 +22,8 @@ from lowres.core.learner import Learner
 from lowres.core.parts import values
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Score, StepTime
+from lowres.core.rotation import Rotation
+from lowres.core.scored import Scored
 from lowres.memory.meter import Meter
 from lowres.run import checkpoint
 from lowres.run.checkpoint import Progress
@@ -47,6 +49,7 @@ class TrainingSession:
         output: The run's folder.
         started: `time.monotonic()` at the start of the run, for the time budget.
         resume: Where the checkpoint to go on from lies, with its progress; None to begin.
+        rotation: Sets what trains in each update.
     """
 
     def __init__(
@@ -63,10 +66,12 @@ class TrainingSession:
         started: float,
         evaluate: Callable[[int], list[Score]],
         resume: tuple[Path, Progress] | None,
+        rotation: Rotation,
     ) -> None:
         self.recipe, self.learner, self.engine, self.data = recipe, learner, engine, data
         self.accelerator, self.meter, self.reporter = accelerator, meter, reporter
         self.output, self.started, self._evaluate = output, started, evaluate
+        self._rotation = rotation
         self.total = updates_of(recipe, len(data.train))
         loop = recipe.loop
         self._order = Order(
@@ -75,6 +80,8 @@ class TrainingSession:
         self._warmup = round(loop.warmup_ratio * self.total)
         self.scores: list[Score] = []
         self.progress = Progress(0, recipe.digest, recipe.resolved(), loop.micro_batch_size)
+        if isinstance(recipe.freezing, Scored):
+            self.progress.chosen = sorted(learner.blocks.trained)
         if resume is not None:
             folder, self.progress = resume
             self.scores = [Score(**s) for s in self.progress.scores]
@@ -109,7 +116,7 @@ class TrainingSession:
             self._in_training_mode = True
         start = time.perf_counter()
         with self._measured():
-            recipe.freezing.before_update(self.learner.base, step)
+            self._rotation.turn(self.engine.optimizer, step)
             recipe.method.before_update(self.learner.base, step)
             factor = schedule.factor(recipe.loop.schedule, step, self.total, self._warmup)
             self.engine.begin(factor)

@@ -24,7 +24,7 @@ from tests.equivalence.test_peft_format import READER
 ZERO2 = {"name": "zero"}
 ZERO3 = {"name": "zero", "stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
 CASES = [
-    pytest.param(ZERO2, 1),
+    pytest.param(ZERO2, 1, marks=pytest.mark.slow),
     pytest.param(ZERO3, 1, marks=pytest.mark.slow),
     pytest.param(ZERO2, 2, marks=pytest.mark.slow),
     pytest.param(ZERO3, 2),

@@ -226,9 +226,16 @@ def test_what_cannot_be_is_refused_with_the_choice_that_can(
 
 
 @pytest.mark.parametrize(
-    "precision, dtype", [("no", "float32"), ("bf16", "float32"), ("bf16", "bfloat16")]
+    ("lever", "precision", "dtype"),
+    [
+        ("nf4_weights", "bf16", "float32"),
+        ("int8_weights", "no", "float32"),
+        pytest.param("nf4_weights", "no", "float32", marks=pytest.mark.slow),
+        pytest.param("nf4_weights", "bf16", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("int8_weights", "bf16", "float32", marks=pytest.mark.slow),
+        pytest.param("int8_weights", "bf16", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("lever", ["nf4_weights", "int8_weights"])
 def test_a_run_that_was_stopped_and_resumed_equals_the_uninterrupted_one(
     lever: str, precision: str, dtype: str, raw_recipe: Callable[..., Any], tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

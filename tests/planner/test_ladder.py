@@ -52,6 +52,7 @@ def test_what_is_said_to_make_it_fit_does(planned_recipe: Callable[..., Any]) ->
         assert changed(recipe, change, device).fits is True, change.name
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_not_helped_by_checkpointing(
     planned_recipe: Callable[..., Any],
 ) -> None:

@@ -86,6 +86,7 @@ def test_the_chosen_recipe_fits_and_is_a_file_that_runs_read(model: str, tmp_pat
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_it_says_what_would(config_folder: Callable[..., str]) -> None:
     """Behaviour: no recipe, and numbers of a card that would do."""
     large = config_folder(
@@ -123,6 +124,7 @@ def test_a_table_of_models_by_cards(model: str) -> None:
         assert not small.fits or large.fits
 
 
+@pytest.mark.slow
 def test_costly_levers_are_searched_only_when_nothing_fits(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
