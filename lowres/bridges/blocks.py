@@ -107,6 +107,9 @@ def checkpoint_blocks(model: nn.Module, every: int = 1) -> None:
         enable(activation_checkpointing_kwargs=how)
     else:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    # Beside adapters transformers has the embeddings' output ask for a gradient, which only the
+    # reentrant kind needs: backward would go through every frozen block, down to the input.
+    inner.disable_input_require_grads()
     if every == 1:
         return
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from lowres.core.errors import InputError, Problem
 from lowres.core.parts import Lever, part
+from lowres.core.rotation import Rotating
 
 if TYPE_CHECKING:
     from lowres.core.learner import Learner, LoadRequest
@@ -48,6 +49,11 @@ class FrozenOffload(Lever):
             yield (
                 f"method '{recipe.method.name}' without freezing leaves no frozen weights; use a "
                 "method that adds parameters (lora), or freezing 'prefix'"
+            )
+        if recipe.method.trains_weights and isinstance(recipe.freezing, Rotating):
+            yield (
+                f"freezing '{recipe.freezing.name}' trains every block sooner or later, so none "
+                "can wait on the host; use 'optimizer_offload', or freezing 'prefix'"
             )
         if any(lever.name == "int8_weights" for lever in recipe.levers):
             yield (

@@ -138,7 +138,7 @@ class TwoPasses:
         with torch.no_grad():
             for group in self.optimizer.param_groups:
                 if group["weight_decay"]:
-                    for parameter in group["params"]:
+                    for parameter in _active(group):
                         parameter.mul_(1 - group["lr"] * group["weight_decay"])
             self._move(lambda group: -group["lr"] * slope)
         return None
@@ -152,7 +152,12 @@ class TwoPasses:
 
         generator = torch.Generator(self.accelerator.device).manual_seed(self._seed)
         for group in self.optimizer.param_groups:
-            for p in group["params"]:
+            for p in _active(group):
                 z = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
                 p.add_(z, alpha=far(group))
                 del z
+
+
+def _active(group: dict[str, Any]) -> Iterator[nn.Parameter]:
+    """Those that train in this update; others rest while blocks rotate."""
+    return (p for p in group["params"] if p.requires_grad)

@@ -16,8 +16,8 @@ USUAL_UPDATES = 32
 
 
 def updates_shown(recipe: Recipe, data: Data, names: Sequence[str]) -> list[int]:
-    """The first two updates; where blocks rotate, the first and then the first two of the period
-    that reaches lowest, which keeps most for backward.
+    """The first two updates; where blocks rotate, also the first two of the period that reaches
+    lowest, which keeps most for backward.
 
     Args:
         names: Of all blocks.
@@ -32,11 +32,9 @@ def updates_shown(recipe: Recipe, data: Data, names: Sequence[str]) -> list[int]
             lowest, worst = place, turn
         if place == 0:
             break
-    if worst == 0:
-        return [0, 1]
     first = worst * freezing.period
-    shown = [0, first, first + 1] if freezing.period > 1 else [0, first]
-    return [update for update in shown if update < updates]
+    more = {first, first + 1} if freezing.period > 1 else {first}
+    return sorted({0, 1} | {update for update in more if update < updates})
 
 
 def parts_played(recipe: Recipe, names: Sequence[str], shown: Sequence[int]) -> dict[str, Any]:
