@@ -40,7 +40,7 @@ QLORA = ("nf4_weights", "gradient_checkpointing", SLICES)
 EIGHT_BIT: Part = {"name": "adamw_8bit", "lr": 1e-5}
 LORA_LADDER = (
     "nf4_weights", "gradient_checkpointing", SLICES, "tiled_mlp", "activation_offload",
-    EIGHT_BIT, {"name": "paged_adamw_8bit", "lr": 1e-5}, "frozen_offload",
+    EIGHT_BIT, "frozen_offload", {"name": "paged_adamw_8bit", "lr": 1e-5},
 )  # fmt: skip
 FULL_LADDER = (
     "gradient_checkpointing", SLICES, "tiled_mlp", "activation_offload", "optimizer_in_backward",
@@ -132,6 +132,8 @@ def _files(scale: Scale) -> Iterator[Case]:
         if scale.tiny:
             raw["loop"] |= {"micro_batch_size": 2, "global_batch_size": 2, "max_length": 32}
             raw["objective"]["max_new_tokens"] = 4
+            if "freezing" in raw:
+                raw["freezing"]["frozen"] = TINY.blocks - 1
             del raw["budget"]
         longest = scale.shape(scale.large).longest
         name = f"recipe-{file.stem}"

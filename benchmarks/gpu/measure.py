@@ -31,7 +31,7 @@ from benchmarks.gpu.boundaries import Foreseen, NoBoundary, foresee, foresee_sid
 from benchmarks.gpu.jobs import POSTPONED, SKIPPED, Job, write
 from benchmarks.gpu.recipes import Case
 from lowres.bridges import accelerate, peft, transformers
-from lowres.core.errors import Diverged, LowresError
+from lowres.core.errors import Diverged, InputError, LowresError
 from lowres.core.example import collate
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, PhaseMemory, RunRecord, StepTime
@@ -132,6 +132,8 @@ class Measuring:
             with torch.no_grad(), meter.phase("evaluate", alive), accelerator.autocast():
                 recipe.objective.predict(learner, batch, recipe.task)
 
+        if any(lever.whole_process for lever in recipe.levers):
+            return  # Its states have a form of their own.
         self.reached = "resume"
         self._resume(engine.optimizer, meter, alive)
 
@@ -202,7 +204,7 @@ def run(job: Job) -> None:
             found = foresee(case, folder, device, None)
         else:
             found = foresee_side(case, folder, device, home / "boundaries")
-    except (weights.NoRoom, NoBoundary) as why:
+    except (weights.NoRoom, NoBoundary, InputError) as why:
         print(why)
         raise SystemExit(SKIPPED) from None
     _stop_if_late(job, found)

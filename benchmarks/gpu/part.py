@@ -124,7 +124,10 @@ class Part:
         surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
                         "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
         if self.tiny:
-            surroundings |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+            surroundings["CUDA_VISIBLE_DEVICES"] = ""
+            # Told to stay on the CPU, accelerate would leave DeepSpeed out without a word.
+            if not any(lever.whole_process for lever in case.recipe().levers):
+                surroundings["ACCELERATE_USE_CPU"] = "true"
         log = (self.scratch / f"{case.name}.log").open("w+", encoding="utf-8", errors="replace")
         command = [sys.executable, "-m", "benchmarks.gpu.measure", str(order)]
         process = subprocess.Popen(command, cwd=ROOT, env=surroundings, stdout=log, stderr=log)
