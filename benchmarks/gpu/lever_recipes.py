@@ -44,9 +44,9 @@ LORA_LADDER = (
 )  # fmt: skip
 FULL_LADDER = (
     "gradient_checkpointing", SLICES, "tiled_mlp", "activation_offload", "optimizer_in_backward",
-    {"name": "adafactor", "lr": 1e-5}, {"name": "adamw", "lr": 1e-5}, "optimizer_offload",
+    "optimizer_offload",
 )  # fmt: skip
-"""Levers and optimizers, each with all levers before it. States on the host are AdamW's."""
+"""Levers and optimizers, each with all levers before it."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,10 @@ def _ladders(scale: Scale) -> Iterator[Case]:
 
 
 CAPS = {
-    (LARGE, "lora"): (12, 12, 12, 8, 8, 8, 8, 8),
-    (LARGE, "full"): (None, None, None, None, 24, 24, 24, 24),
+    (LARGE, "lora"): (None, 12, 8, 8, 8, 8, 4, 4),
+    (LARGE, "full"): (None, None, None, None, None, 24),
     (SMALL, "lora"): (24, 8, 8, 8, 8, 8, 8, 8),
-    (SMALL, "full"): (24, 12, 12, 12, 12, 12, 12, 8),
+    (SMALL, "full"): (24, 12, 12, 12, 12, 8),
 }
 """GiB of the rungs; None: the whole device."""
 

@@ -71,7 +71,11 @@ def order(wanted: Sequence[LeverCase], records: Path) -> list[LeverCase]:
 def show_plans(wanted: Sequence[LeverCase], configs: Path) -> None:
     """What each recipe is planned to need, for this machine's card or else an H200."""
     device = devices.present() or devices.load("h200")
+    seen = []
     for case in wanted:
+        if case.raw in seen:
+            continue  # Plain recipes of one shape are the same.
+        seen.append(case.raw)
         try:
             found = foresee(case, configs / case.model, device, None)
         except LowresError as why:

@@ -99,14 +99,14 @@ def test_the_list_for_a_gpu_has_the_targets_the_ladders_and_the_recipes() -> Non
     found = every(small=False)
     assert {c.card for c in found if c.group == "target"} == {None, "rtx-4060", 4.0, "rtx-3090"}
     caps = {c.raw["budget"]["device_gib"] for c in found} - {None}
-    assert caps == {8, 12, 16, 24}
+    assert caps == {4, 8, 12, 16, 24}
     files = {f.stem for f in lever_recipes.FILES.glob("llama-3.1-8b-*.yaml")}
     assert {c.name for c in found if c.group == "recipe"} == {f"recipe-{name}" for name in files}
     for model in (lever_recipes.SMALL, lever_recipes.LARGE):
         for way in ("lora", "full"):
             rungs = [c for c in found if c.beside and c.group == "ladder" and c.model == model
                      and c.raw["method"]["name"] == way]  # fmt: skip
-            assert len(rungs) == 8
+            assert len(rungs) == len(lever_recipes.CAPS[model, way]) >= 6
             for below, above in zip(rungs, rungs[1:], strict=False):
                 lower, upper = below.raw["levers"], above.raw["levers"]
                 assert upper[: len(lower)] == lower
