@@ -31,6 +31,7 @@ from benchmarks.gpu.boundaries import Foreseen, NoBoundary, foresee, foresee_sid
 from benchmarks.gpu.jobs import POSTPONED, SKIPPED, Job, write
 from benchmarks.gpu.recipes import Case
 from lowres.bridges import accelerate, peft, transformers
+from lowres.core import host
 from lowres.core.errors import Diverged, InputError, LowresError
 from lowres.core.example import collate
 from lowres.core.recipe import Recipe
@@ -142,12 +143,14 @@ class Measuring:
 
         Records know no such phase, but a plan does, and what fits is decided with it.
         """
-        host = tree_map_only(torch.Tensor, lambda t: t.to("cpu", copy=True), optimizer.state_dict())
+        # Twice the states of a large model would be more than the host has.
+        copied = lambda t: t if host.holds(t) else t.to("cpu", copy=True)
+        read = tree_map_only(torch.Tensor, copied, optimizer.state_dict())
         optimizer.state.clear()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # a fresh process has nothing cached
         with meter.phase("resume", alive):  # type: ignore[arg-type]
-            optimizer.load_state_dict(host)
+            optimizer.load_state_dict(read)
 
     def _update(self, learner: Any, engine: Any, accelerator: Any, step: int) -> float:
         """One update as a session makes it; returns its tokens."""

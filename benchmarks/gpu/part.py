@@ -238,13 +238,17 @@ def lacks_device(asked: argparse.Namespace) -> bool:
 
 
 @contextlib.contextmanager
-def prepared(asked: argparse.Namespace, usual: Path, suite: Suite = "planner") -> Iterator[Part]:
+def prepared(
+    asked: argparse.Namespace, usual: Path, suite: Suite = "planner", most: int = 4
+) -> Iterator[Part]:
     """A part with its folders.
 
     Args:
         usual: Where records lie unless told otherwise; those of a try on a CPU are not kept.
+        most: Recipes prepared side by side, unless told otherwise.
     """
     cores = os.cpu_count() or 1
+    workers = min(2, cores) if asked.tiny else max(1, min(most, cores // 4))
     with contextlib.ExitStack() as stack:
         scratch = asked.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         scratch = scratch.resolve()
@@ -257,5 +261,5 @@ def prepared(asked: argparse.Namespace, usual: Path, suite: Suite = "planner") -
         yield Part(
             tiny=asked.tiny, records=records.resolve(), configs=configs.resolve(), scratch=scratch,
             minutes=asked.minutes, commit=asked.commit, suite=suite,
-            workers=asked.workers or (min(2, cores) if asked.tiny else max(1, min(4, cores // 4))),
+            workers=asked.workers or workers,
         )  # fmt: skip
