@@ -9,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu.recipes import SHORTEST, STRIDE, Case, located
+from lowres.core.example import IGNORED, Row
 from lowres.core.plan import MemoryPlan
 from lowres.core.recipe import Recipe
+from lowres.memory import device as devices
 from lowres.memory.catalogue import Device
+from lowres.memory.tracer import TraceFailed
 from lowres.run.assumed import assumed_inputs
 from lowres.run.build import Inputs
 from lowres.run.plan import plan
@@ -44,12 +48,24 @@ def search(fits: Callable[[int], bool], shortest: int, longest: int, stride: int
 
 @dataclasses.dataclass
 class Foreseen:
-    """A recipe with all that can be known before its weights exist."""
+    """A recipe with all that can be known before its weights exist.
+
+    Args:
+        plan: None where its code cannot be traced, as the remark tells.
+        device: That it is planned for.
+    """
 
     recipe: Recipe
     local: Recipe
     inputs: Inputs
-    plan: MemoryPlan
+    plan: MemoryPlan | None
+    device: Device | None
+    remark: str | None = None
+
+
+def fitting(found: Foreseen) -> bool:
+    """Whether it is planned to fit."""
+    return bool(found.plan and found.plan.fits)
 
 
 def foresee(case: Case, folder: Path, device: Device | None, length: int | None) -> Foreseen:
@@ -62,9 +78,30 @@ def foresee(case: Case, folder: Path, device: Device | None, length: int | None)
     recipe = case.recipe(length)
     local = located(recipe, folder)
     inputs = assumed_inputs(local)
-    found = plan(local, device, inputs=inputs)
     told = f"assumed: every row has {recipe.loop.max_length} tokens"
-    return Foreseen(recipe, local, inputs, dataclasses.replace(found, shapes=told))
+    if case.varied:
+        told = f"assumed: rows have 1 to 4 quarters of {recipe.loop.max_length} tokens by turns"
+        vocabulary = inputs.config.get_text_config().vocab_size
+        train = [_varied(row, n, vocabulary) for n, row in enumerate(inputs.data.train)]
+        inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, train=train))
+    if isinstance(case.card, str):
+        device = devices.load(case.card)
+    elif case.card is not None:
+        device = devices.generic(case.card)
+    try:
+        found = plan(local, device, inputs=inputs)
+    except TraceFailed as why:
+        return Foreseen(recipe, local, inputs, None, device, f"no plan: {why}")
+    return Foreseen(recipe, local, inputs, dataclasses.replace(found, shapes=told), device)
+
+
+def _varied(row: Row, number: int, vocabulary: int) -> Row:
+    """The beginning of a row, of other tokens: whether rows are kept apart must be seen."""
+    length = max(2, row.length * (number % 4 + 1) // 4)
+    inputs = {name: values[:length] for name, values in row.inputs.items()}
+    ids = random.Random(number).choices(range(vocabulary), k=length)
+    labels = [i if old != IGNORED else old for i, old in zip(ids, row.labels, strict=False)]
+    return dataclasses.replace(row, inputs=inputs | {"input_ids": ids}, labels=labels)
 
 
 def foresee_side(
@@ -79,7 +116,7 @@ def foresee_side(
     """
     place = home / f"{case.boundary}.json"
     if again or not place.exists():
-        fits = lambda length: bool(foresee(case, folder, device, length).plan.fits)
+        fits = lambda length: fitting(foresee(case, folder, device, length))
         below = search(fits, SHORTEST, case.longest, STRIDE)
         kept = {"below": below, "above": None if below is None else below + STRIDE}
         home.mkdir(parents=True, exist_ok=True)
@@ -90,6 +127,6 @@ def foresee_side(
     if length is None:
         raise NoBoundary(f"every length up to {case.longest} fits, or none does")
     found = foresee(case, folder, device, length)
-    if found.plan.fits is (case.side == "below") or again:
+    if fitting(found) is (case.side == "below") or again:
         return found
     return foresee_side(case, folder, device, home, again=True)

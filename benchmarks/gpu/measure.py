@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.gpu import snapshots, tiny, weights
+from benchmarks.gpu import snapshots, weights
 from benchmarks.gpu.boundaries import Foreseen, NoBoundary, foresee, foresee_side
-from benchmarks.gpu.recipes import Case, cases
+from benchmarks.gpu.jobs import POSTPONED, SKIPPED, Job, write
+from benchmarks.gpu.recipes import Case
 from lowres.bridges import accelerate, peft, transformers
-from lowres.core import record as records
-from lowres.core.errors import Diverged, LowresError
+from lowres.core import host
+from lowres.core.errors import Diverged, InputError, LowresError
 from lowres.core.example import collate
-from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, PhaseMemory, RunRecord, StepTime
 from lowres.memory import device as devices
@@ -45,30 +45,8 @@ from lowres.run.held import held
 from lowres.run.plan import choose_card
 from lowres.run.session import PROBED_UPDATES, WARM_UP_UPDATES, is_out_of_memory
 
-POSTPONED, SKIPPED = 75, 76
-"""Exit codes: no time was left for it; this machine cannot run it (the reason was printed)."""
 SAVED_AT_MOST = 2 << 30
 """Larger models are not written: it would time the disk."""
-
-
-@dataclasses.dataclass
-class Job:
-    """What the command asks of a process.
-
-    Args:
-        configs: Holds a folder of each model.
-        scratch: For weights, saved models and the lock.
-        deadline: By `time.time()`; None for no hurry.
-        commit: Of the checkout, where it travels without its history.
-    """
-
-    name: str
-    tiny: bool
-    configs: str
-    scratch: str
-    records: str
-    deadline: float | None = None
-    commit: str | None = None
 
 
 @dataclasses.dataclass
@@ -118,8 +96,7 @@ class Measuring:
             built = built or build.assemble(recipe, inputs)
             module, optimizer = accelerator.prepare(built.model, built.optimizer)
         learner = dataclasses.replace(built.learner, module=module)
-        engine = recipe.optimizer.engine(accelerator, learner, optimizer)
-        engine = fold(engine, recipe.levers, "on_engine")
+        engine = build.engine_of(recipe, accelerator, learner, optimizer)
         counted = list(learner.base.parameters())
         trained = sum(p.numel() for p in counted if p.requires_grad)
         record.measured.parameters = Parameters(trained, sum(p.numel() for p in counted))
@@ -156,6 +133,8 @@ class Measuring:
             with torch.no_grad(), meter.phase("evaluate", alive), accelerator.autocast():
                 recipe.objective.predict(learner, batch, recipe.task)
 
+        if any(lever.whole_process for lever in recipe.levers):
+            return  # Its states have a form of their own.
         self.reached = "resume"
         self._resume(engine.optimizer, meter, alive)
 
@@ -164,12 +143,14 @@ class Measuring:
 
         Records know no such phase, but a plan does, and what fits is decided with it.
         """
-        host = tree_map_only(torch.Tensor, lambda t: t.to("cpu", copy=True), optimizer.state_dict())
+        # Twice the states of a large model would be more than the host has.
+        copied = lambda t: t if host.holds(t) else t.to("cpu", copy=True)
+        read = tree_map_only(torch.Tensor, copied, optimizer.state_dict())
         optimizer.state.clear()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # a fresh process has nothing cached
         with meter.phase("resume", alive):  # type: ignore[arg-type]
-            optimizer.load_state_dict(host)
+            optimizer.load_state_dict(read)
 
     def _update(self, learner: Any, engine: Any, accelerator: Any, step: int) -> float:
         """One update as a session makes it; returns its tokens."""
@@ -177,6 +158,7 @@ class Measuring:
         recipe.freezing.before_update(learner.base, step)
         recipe.method.before_update(learner.base, step)
         rows = portions.rows_of(recipe, self.inputs.data, step)
+        engine.begin(1.0)
         batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
         loss, targets, tokens = make_gradients(
             recipe.objective, learner, engine, accelerator, batches, step + 1
@@ -212,7 +194,7 @@ def run(job: Job) -> None:
         SystemExit: POSTPONED or SKIPPED; nothing was written.
     """
     started = time.monotonic()
-    case = next(c for c in (tiny.cases() if job.tiny else cases()) if c.name == job.name)
+    case = job.case
     scratch, home = Path(job.scratch), Path(job.records)
     folder = Path(job.configs) / case.model
     device = devices.load("cpu") if job.tiny else devices.present()
@@ -225,12 +207,12 @@ def run(job: Job) -> None:
             found = foresee(case, folder, device, None)
         else:
             found = foresee_side(case, folder, device, home / "boundaries")
-    except (weights.NoRoom, NoBoundary) as why:
+    except (weights.NoRoom, NoBoundary, InputError) as why:
         print(why)
         raise SystemExit(SKIPPED) from None
     _stop_if_late(job, found)
     record = _new_record(case, found, job.commit)
-    card = choose_card(found.local, device)[1]
+    card = choose_card(found.local, found.device)[1]
     capacity = card.available_bytes if card is not None and card.kind == "cuda" else None
     own = scratch / str(os.getpid())
     own.mkdir()
@@ -238,7 +220,7 @@ def run(job: Job) -> None:
                           case.traced and capacity is not None, record)  # fmt: skip
     suite: dict[str, Any] = {
         "model": case.model, "side": case.side, "capacity_bytes": capacity, "out_of_memory": None,
-        "updates_seconds": measuring.seconds,
+        "updates_seconds": measuring.seconds, "card": card and card.name,
     }  # fmt: skip
     try:
         measuring.run()
@@ -264,7 +246,7 @@ def run(job: Job) -> None:
 
 def _stop_if_late(job: Job, found: Foreseen) -> None:
     """Leave a recipe for the next part where its planned time would carry this one over."""
-    step = found.plan.step
+    step = found.plan.step if found.plan is not None else None
     updates = (found.recipe.loop.steps or 0) * (step.seconds if step is not None else 1.0)
     if job.deadline is not None and time.time() + 10 + 1.5 * updates > job.deadline:
         raise SystemExit(POSTPONED)
@@ -277,16 +259,10 @@ def _new_record(case: Case, found: Foreseen, commit: str | None) -> RunRecord:
         id=f"{case.name}-{now:%Y%m%dT%H%M%S}", outcome="failed",
         started=now.isoformat(timespec="seconds"), seconds=0.0, recipe=recipe.resolved(),
         digest=recipe.digest, overrides=[], task_version=recipe.task.version,
-        environment={"commit_given": commit} if commit else {}, plan=to_record(found.plan),
+        environment={"commit_given": commit} if commit else {},
+        plan=found.plan and to_record(found.plan),
+        events=[Event(0, "plan", found.remark)] if found.remark else [],
     )  # fmt: skip
-
-
-def write(home: Path, name: str, record: RunRecord, suite: dict[str, Any]) -> None:
-    """A run's record with what this suite adds, written aside and renamed."""
-    whole = json.loads(records.to_json(record)) | {"suite": suite}
-    aside = home / f"{name}.partial"
-    aside.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, home / f"{name}.json")
 
 
 if __name__ == "__main__":

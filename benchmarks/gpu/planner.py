@@ -12,203 +12,18 @@ more and then recorded as failed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
-import datetime
-import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
-
-import torch
 
 from benchmarks.gpu import summary, tiny
 from benchmarks.gpu.boundaries import NoBoundary, foresee_side
-from benchmarks.gpu.measure import POSTPONED, SKIPPED, Job, write
+from benchmarks.gpu.part import ROOT, lacks_device, parser, prepared
 from benchmarks.gpu.recipes import Case, cases
-from lowres.core import paths
-from lowres.core.record import RunRecord
 from lowres.memory import device as devices
-from lowres.run import environment
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "benchmarks" / "records" / "planner" / "gpu"
-TRIES = 2
-USUAL_SECONDS = {True: 10.0, False: 45.0}
-"""Of a recipe, tiny or not, before the first has ended."""
-LONGEST_SECONDS = 300
-SHOWN = 12
-
-
-@dataclasses.dataclass
-class Process:
-    """A recipe under way."""
-
-    case: Case
-    process: subprocess.Popen[bytes]
-    log: TextIO
-    started: float
-
-
-class Part:
-    """One call of the command: as many recipes as its minutes allow.
-
-    Args:
-        configs: Holds a folder of each model.
-        scratch: For weights, saved models and logs.
-        workers: Recipes that are prepared side by side; one at a time uses the device.
-    """
-
-    def __init__(
-        self, *, tiny: bool, records: Path, configs: Path, scratch: Path, minutes: float,
-        workers: int, commit: str | None = None,
-    ) -> None:  # fmt: skip
-        self.tiny, self.records, self.configs, self.scratch = tiny, records, configs, scratch
-        self.workers, self.commit = workers, commit
-        self.deadline = time.time() + 60 * minutes
-        self.walls: list[float] = []
-        self.left: list[str] = []
-        self.skipped: dict[str, str] = {}
-        self.done = 0
-        records.mkdir(parents=True, exist_ok=True)
-
-    def run(self, wanted: Sequence[Case]) -> None:
-        """Start recipes while there is time, and see each to its end."""
-        waiting = deque(case for case in wanted if not self._settled(case))
-        running: list[Process] = []
-        try:
-            while waiting or running:
-                while waiting and len(running) < self.workers and self._has_time():
-                    running.append(self._start(waiting.popleft()))
-                if not running:
-                    break
-                time.sleep(0.05)
-                for one in list(running):
-                    if self._ended(one):
-                        running.remove(one)
-                        if self._finish(one):
-                            waiting.append(one.case)
-        finally:
-            for one in running:
-                self._stop(one)
-        self.left += [case.name for case in waiting]
-
-    def _settled(self, case: Case) -> bool:
-        """Whether nothing is to be done: it has a record, or lacks a configuration."""
-        if (self.records / f"{case.name}.json").exists():
-            return True
-        if not (self.configs / case.model / "config.json").is_file():
-            self.skipped[case.name] = f"there is no {self.configs / case.model}/config.json"
-            return True
-        if self._tries(case) >= TRIES:
-            self._record_failure(case, "its process was killed from outside, again and again")
-            return True
-        return False
-
-    def _has_time(self) -> bool:
-        usual = sum(self.walls) / len(self.walls) if self.walls else USUAL_SECONDS[self.tiny]
-        return time.time() + usual < self.deadline
-
-    def _start(self, case: Case) -> Process:
-        job = Job(case.name, self.tiny, str(self.configs), str(self.scratch), str(self.records),
-                  None if self.tiny else self.deadline, self.commit)  # fmt: skip
-        order = self.scratch / f"{case.name}.job"
-        order.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-        self._marker(case).write_text(str(self._tries(case) + 1), encoding="utf-8")
-        threads = max(1, (os.cpu_count() or 1) // self.workers - 1)
-        surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-                        "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-        if self.tiny:
-            surroundings |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-        log = (self.scratch / f"{case.name}.log").open("w+", encoding="utf-8", errors="replace")
-        command = [sys.executable, "-m", "benchmarks.gpu.measure", str(order)]
-        process = subprocess.Popen(command, cwd=ROOT, env=surroundings, stdout=log, stderr=log)
-        return Process(case, process, log, time.time())
-
-    def _ended(self, one: Process) -> bool:
-        if one.process.poll() is not None:
-            return True
-        if time.time() - one.started > LONGEST_SECONDS or time.time() > self.deadline:
-            one.process.kill()
-            one.process.wait()
-            return True
-        return False
-
-    def _finish(self, one: Process) -> bool:
-        """Say how it ended; True when it is to be tried again."""
-        name, code = one.case.name, one.process.returncode
-        wall = time.time() - one.started
-        one.log.seek(0)
-        last = (one.log.read().strip().splitlines() or [""])[-1]
-        one.log.close()
-        place = self.records / f"{name}.json"
-        if place.exists():
-            self._marker(one.case).unlink(missing_ok=True)
-            self.walls.append(wall)
-            self.done += 1
-            print(f"{name}: {told(place)} ({wall:.0f} s)", flush=True)
-            return False
-        if code == POSTPONED or time.time() > self.deadline:
-            self._marker(one.case).unlink(missing_ok=True)
-            self.left.append(name)
-            return False
-        if code == SKIPPED:
-            self._marker(one.case).unlink(missing_ok=True)
-            self.skipped[name] = last
-            print(f"{name}: skipped: {last}", flush=True)
-            return False
-        why = f"its process ended with {code} after {wall:.0f} s: {last}"
-        print(f"{name}: died: {why}", flush=True)
-        if self._tries(one.case) < TRIES:
-            return True
-        self._record_failure(one.case, why)
-        return False
-
-    def _stop(self, one: Process) -> None:
-        one.process.kill()
-        one.process.wait()
-        one.log.close()
-        self._marker(one.case).unlink(missing_ok=True)
-
-    def _marker(self, case: Case) -> Path:
-        """Counts starts that came to no end, those of a call that was itself killed included."""
-        return self.records / f"{case.name}.tried"
-
-    def _tries(self, case: Case) -> int:
-        marker = self._marker(case)
-        return int(marker.read_text(encoding="utf-8") or 1) if marker.exists() else 0
-
-    def _record_failure(self, case: Case, why: str) -> None:
-        recipe = case.recipe()
-        for place, name in ((self.scratch, "scratch"), (self.configs, "configs"), (ROOT, ".")):
-            why = why.replace(str(place), name)
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = RunRecord(
-            id=case.name, outcome="failed", started=now, seconds=0.0, recipe=recipe.resolved(),
-            digest=recipe.digest, overrides=[], task_version=recipe.task.version,
-            environment={"versions": environment.versions(), **environment.commit()}, error=why,
-        )  # fmt: skip
-        write(self.records, case.name, record, {"model": case.model, "side": case.side})
-        self._marker(case).unlink(missing_ok=True)
-        self.done += 1
-
-
-def told(place: Path) -> str:
-    """A record in one line."""
-    record = json.loads(place.read_text(encoding="utf-8"))
-    error, ratio = summary.peak_error(record), summary.step_ratio(record)
-    fits = (record["plan"] or {}).get("fits")
-    words = [record["outcome"], "" if fits is None else f"planned {'' if fits else 'not '}to fit",
-             "" if error is None else f"peak {error:+.2%}",
-             "" if ratio is None else f"step x{ratio:.2f}"]  # fmt: skip
-    return ", ".join(word for word in words if word)
 
 
 def search_boundaries(wanted: Sequence[Case], configs: Path, records: Path) -> None:
@@ -218,6 +33,7 @@ def search_boundaries(wanted: Sequence[Case], configs: Path, records: Path) -> N
         if case.side is not None:
             with contextlib.suppress(NoBoundary):
                 found = foresee_side(case, configs / case.model, device, records / "boundaries")
+                assert found.plan is not None
                 needed, length = found.plan.needed_bytes, found.recipe.loop.max_length
                 print(f"{case.name}: {length} tokens, {needed:,} bytes", flush=True)
                 continue
@@ -225,51 +41,23 @@ def search_boundaries(wanted: Sequence[Case], configs: Path, records: Path) -> N
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=9.0, help="no recipe ends later")
-    parser.add_argument("--records", type=Path, default=None)
-    parser.add_argument("--configs", type=Path, default=None, help="a folder of each model")
-    parser.add_argument("--only", default="", help="recipes whose name holds this")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--boundaries", action="store_true")
-    parser.add_argument("--workers", type=int, default=None, help="recipes prepared side by side")
-    parser.add_argument("--scratch", type=Path, default=None, help="20 GB for weights; kept")
-    parser.add_argument("--commit", default=None, help="where the checkout has no history")
-    asked = parser.parse_args(arguments)
-    records, cores = asked.records or RECORDS, os.cpu_count() or 1
+    options = parser(__doc__)
+    options.add_argument("--boundaries", action="store_true")
+    asked = options.parse_args(arguments)
     if asked.summary:
-        print(summary.report(records))
+        print(summary.report(asked.records or RECORDS))
         return 0
-    if not (asked.tiny or asked.boundaries or torch.cuda.is_available()):
-        print("there is no CUDA device here; --tiny tries the suite on a CPU", file=sys.stderr)
+    if not asked.boundaries and lacks_device(asked):
         return 2
     wanted = [c for c in (tiny.cases() if asked.tiny else cases()) if asked.only in c.name]
-    with contextlib.ExitStack() as stack:
-        scratch = asked.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        scratch = scratch.resolve()
-        scratch.mkdir(parents=True, exist_ok=True)
-        if asked.tiny:
-            records = asked.records or scratch / "records"
-            tiny.write_configs(scratch / "configs")
-        configs = scratch / "configs" if asked.tiny else asked.configs
-        configs = (configs or paths.data_folder() / "configs").resolve()
+    with prepared(asked, RECORDS) as part:
         if asked.boundaries:
-            search_boundaries(wanted, configs, records)
+            search_boundaries(wanted, part.configs, part.records)
             return 0
-        part = Part(
-            tiny=asked.tiny, records=records.resolve(), configs=configs, scratch=scratch,
-            minutes=asked.minutes, commit=asked.commit,
-            workers=asked.workers or (min(2, cores) if asked.tiny else max(1, min(4, cores // 4))),
-        )  # fmt: skip
         part.run(wanted)
         if asked.tiny and asked.records is None:
-            print(summary.report(records))
-    names = ", ".join(part.left[:SHOWN]) + (" ..." if len(part.left) > SHOWN else "")
-    print(f"{part.done} run, {len(part.skipped)} skipped, {len(part.left)} left", end="")
-    print(f": {names}; give the command again" if part.left else "")
+            print(summary.report(part.records))
+    part.say()
     return 0
 
 

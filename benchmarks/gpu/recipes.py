@@ -37,6 +37,9 @@ class Case:
         longest: The longest row that the model takes, the end of that search.
         stored: The weights must lie in a file: what quantises on loading refuses fresh ones.
         traced: The events of the allocator are recorded, too.
+        card: Of the catalogue, or the GiB of one of no name: planned for, and the allocator is held
+            to what it would offer, instead of what the budget leaves of this machine's.
+        varied: Rows are of four lengths, up to the longest, and of random tokens.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Case:
     side: Side | None = None
     stored: bool = False
     traced: bool = False
+    card: str | float | None = None
+    varied: bool = False
 
     @property
     def boundary(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowres.core.batching import batching_of
-from lowres.core.example import Batch, Row
+from lowres.core.example import Batch, Row, real_tokens
 from lowres.core.recipe import Recipe
 from lowres.core.rotation import Rotating
 from lowres.run.data import Data, Order, updates_of
@@ -53,9 +53,22 @@ def rows_of(recipe: Recipe, data: Data, step: int) -> list[Row]:
 
 
 def telling(batches: Sequence[Batch]) -> set[int]:
-    """The first micro-batch, which meets no gradients, and the largest of those that do."""
+    """The first micro-batch, which meets no gradients, and the largest of those that do.
+
+    Where that has no padding, the largest one with padding, too: only that needs a mask, which may
+    take more than the tokens that it lacks.
+    """
     rest = range(1, len(batches))
-    return {0, max(rest, key=lambda i: elements(batches[i]), default=0)}
+    largest = max(rest, key=lambda i: (elements(batches[i]), _padded(batches[i])), default=0)
+    padded = [i for i in rest if _padded(batches[i])]
+    if largest not in padded:
+        largest_padded = max(padded, key=lambda i: elements(batches[i]), default=0)
+        return {0, largest, largest_padded}
+    return {0, largest}
+
+
+def _padded(batch: Batch) -> bool:
+    return real_tokens(batch) < batch["input_ids"].numel()
 
 
 def elements(batch: Batch) -> int:

@@ -273,8 +273,8 @@ class _Stage:
                 engine.update(1.0, recipe.loop.max_grad_norm)
                 tracer.costing = False
                 return 0.0, 0.0, 0.0
-            first, largest = (portions.elements(batches[n]) for n in (0, max(only)))
-            if quick and len(only) > 1 and first <= largest:
+            first, *others = (portions.elements(batches[n]) for n in sorted(only))
+            if quick and others and first <= max(others):
                 # What the first micro-batch of an update leaves are gradients.
                 only -= {0}
                 self.categories.put_gradients(learner)

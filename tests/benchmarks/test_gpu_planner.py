@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import measure, planner, recipes, snapshots, summary, tiny, weights
+from benchmarks.gpu import measure, part, planner, recipes, snapshots, summary, tiny, weights
 from benchmarks.gpu.boundaries import search
 from lowres.bridges import transformers as bridge
 from lowres.core.learner import LoadRequest
@@ -54,7 +54,7 @@ def test_a_second_call_runs_nothing(
 ) -> None:
     """Behaviour: records that are there are kept."""
     before = {f.name: f.stat().st_mtime_ns for f in done.iterdir()}
-    monkeypatch.delattr(planner.Part, "_start")
+    monkeypatch.delattr(part.Part, "_start")
     assert planner.main(["--tiny", "--only", "decoder-lora", "--records", str(done)]) == 0
     assert "0 run, 0 skipped, 0 left" in capsys.readouterr().out
     assert {f.name: f.stat().st_mtime_ns for f in done.iterdir()} == before
@@ -143,28 +143,28 @@ def test_a_recipe_that_dies_twice_is_recorded_as_failed(
 ) -> None:
     """Behaviour: tried again once, then never again. Its process knows no recipe of that name."""
     tiny.write_configs(tmp_path / "configs")
-    part = planner.Part(
+    one = part.Part(
         tiny=True, records=tmp_path / "records", configs=tmp_path / "configs", scratch=tmp_path,
         minutes=1, workers=1,
     )  # fmt: skip
     case = dataclasses.replace(tiny.cases()[0], name="unknown")
-    part.run([case])
-    assert capsys.readouterr().out.count("unknown: died: ") == planner.TRIES == 2
+    one.run([case])
+    assert capsys.readouterr().out.count("unknown: died: ") == part.TRIES == 2
     record = from_file(tmp_path / "records" / "unknown.json")
     assert record.outcome == "failed" and "StopIteration" in (record.error or "")
-    part.run([case])
+    one.run([case])
     assert not capsys.readouterr().out and not list((tmp_path / "records").glob("*.tried"))
 
 
 def test_no_recipe_starts_that_would_end_too_late(tmp_path: Path) -> None:
     """Behaviour: it is named as left."""
     tiny.write_configs(tmp_path / "configs")
-    part = planner.Part(
+    one = part.Part(
         tiny=True, records=tmp_path / "records", configs=tmp_path / "configs", scratch=tmp_path,
         minutes=0.05, workers=1,
     )  # fmt: skip
-    part.run(tiny.cases())
-    assert part.left == [case.name for case in tiny.cases()] and part.done == 0
+    one.run(tiny.cases())
+    assert one.left == [case.name for case in tiny.cases()] and one.done == 0
     assert not list((tmp_path / "records").iterdir())
 
 
