@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lowres.bridges import accelerate, deepspeed, peft, transformers
 from lowres.bridges.bitsandbytes import element_count
 from lowres.core.errors import InputError, Interrupted, LowresError, OutOfMemory, Problem
+from lowres.core.learner import Learner
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
@@ -32,6 +34,7 @@ def execute(
     resume: str | None = None,
     force: bool = False,
     quiet: bool = False,
+    look: Callable[[Learner], None] | None = None,
 ) -> RunRecord:
     """Run a recipe and write its record, whatever happens.
 
@@ -40,6 +43,7 @@ def execute(
         resume: `latest` or the path of a checkpoint; None begins anew.
         force: Run although the plan does not fit.
         quiet: Say nothing.
+        look: Given the trained model once it is saved and scored; on every process.
 
     Returns:
         The record, also written to `<output>/record.json`.
@@ -116,6 +120,8 @@ def execute(
         if accelerator.is_main_process:
             session.guards.saved(folder / output.MODEL)
         session.evaluate()
+        if look is not None:
+            look(dataclasses.replace(learner, module=learner.base))
         record.outcome = "ok"
     except InputError as error:
         refused = True
@@ -185,16 +191,9 @@ def _new_record(recipe: Recipe, accelerator: Any) -> RunRecord:
 def _check_processes(recipe: Recipe, accelerator: Any) -> None:
     loop, processes = recipe.loop, accelerator.num_processes
     if loop.global_batch_size % (loop.micro_batch_size * processes):
-        raise InputError(
-            "the recipe",
-            [
-                Problem(
-                    "loop.global_batch_size",
-                    f"{loop.global_batch_size} is no multiple of micro_batch_size "
-                    f"{loop.micro_batch_size} times {processes} processes",
-                )
-            ],
-        )
+        text = f"{loop.global_batch_size} is no multiple of micro_batch_size "
+        text += f"{loop.micro_batch_size} times {processes} processes"
+        raise InputError("the recipe", [Problem("loop.global_batch_size", text)])
 
 
 def _limit(recipe: Recipe, accelerator: Any, reporter: Reporter) -> None:
