@@ -179,6 +179,24 @@ def states(optimizer: Any) -> Sequence[Mapping[str, Any]]:
     return list(getattr(inner, "state", {}).values())
 
 
+def own_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
+    """What DeepSpeed's optimizer holds beside the model and the states: partitions, buckets."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not type(inner).__module__.startswith("deepspeed."):
+        return
+    waiting: list[Any] = [vars(inner)]
+    while waiting:
+        found = waiting.pop()
+        if hasattr(found, "untyped_storage"):
+            yield found
+            if found.is_leaf and found.grad is not None:
+                yield found.grad
+        elif isinstance(found, dict):
+            waiting += found.values()
+        elif isinstance(found, list | tuple):
+            waiting += found
+
+
 def _take_over(settings: Mapping[str, Any]) -> None:
     """The recipe says what is divided and moved; accelerate refuses to be told twice.
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lowres.core.parts import Guard, Lever, PositiveInt, part
 
 if TYPE_CHECKING:
+    import torch
+
     from lowres.core.engine import Engine
     from lowres.core.recipe import Recipe
 
@@ -91,11 +93,28 @@ class Zero(Lever):
 
         return options | {"deepspeed_plugin": deepspeed.plugin(self._settings())}
 
-    def on_engine(self, engine: Engine) -> Engine:
-        from lowres.bridges import deepspeed
+    def uneven(self) -> str | None:
+        return "DeepSpeed lays all trained parameters into one tensor"
 
-        if not deepspeed.is_engine(engine.learner.module):
-            raise NotImplementedError("DeepSpeed's own buffers are not planned")
+    def on_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        from lowres.bridges import deepspeed_shapes
+
+        wanted = deepspeed_shapes.planned()
+        if wanted is None:
+            return optimizer  # accelerate gives it to DeepSpeed
+        if self.stage == 3 or self.config is not None or self.offload_optimizer == "nvme":
+            raise NotImplementedError(
+                "of DeepSpeed's buffers those of stages 1 and 2 are planned, without `config` and "
+                "without nvme"
+            )
+        offload = self.offload_optimizer == "cpu"
+        return deepspeed_shapes.Partitions(optimizer, wanted, offload, self.pin_memory)
+
+    def on_engine(self, engine: Engine) -> Engine:
+        from lowres.bridges import deepspeed, deepspeed_shapes
+
+        if deepspeed_shapes.planned() is not None:
+            return deepspeed_shapes.PlannedUpdates(engine, self.stage, self.bucket_elements)
         return deepspeed.ZeroUpdates(engine)
 
     def _settings(self) -> Mapping[str, Any]:

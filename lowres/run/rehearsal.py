@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lowres.bridges import accelerate, peft, rehearsal, shorten, stand_ins
+from lowres.bridges import accelerate, deepspeed_shapes, peft, rehearsal, shorten, stand_ins
 from lowres.bridges.bitsandbytes import element_count, quantisation_states
 from lowres.core import host
 from lowres.core.engine import Engine
@@ -103,6 +103,7 @@ def rehearse(
     with (
         accelerate.alone_on_cpu(recipe.loop) as accelerator,
         rehearsal.rehearsing(),
+        deepspeed_shapes.planning(processes, target.kind == "cuda"),
         torch.random.fork_rng(devices=[]),
         warnings.catch_warnings(),
     ):
@@ -161,7 +162,10 @@ class _Stage:
         with tracer:
             engine = build.engine_of(self.recipe, self.accelerator, learner, optimizer)
         scenes.watch_updates(engine, tracer, self._name)
-        if self.processes > 1:
+        own = getattr(engine, "buffers", None)
+        if own is not None:
+            tracer.hold((tensor, OUTSIDE, "", category) for tensor, category in own())
+        elif self.processes > 1:
             # DistributedDataParallel keeps a flat copy of all gradients, in buckets.
             tracer.permanent(self.saved_bytes, "gradient buckets of several processes")
 
