@@ -1,26 +1,21 @@
-"""What DeepSpeed's ZeRO stages 1 and 2 hold and when, for a plan: the same tensors in the same
-order, without DeepSpeed and its processes.
+"""What DeepSpeed's ZeRO stages 1 and 2 hold, for a plan: the same tensors in the same order,
+without DeepSpeed and its processes. `deepspeed_updates` says what an update makes of it.
 
-Source: deepspeed 0.19, runtime/zero/stage_1_and_2.py (`DeepSpeedZeroOptimizer`: `__init__`,
-`reduce_independent_p_g_buckets_and_remove_grads`, `average_tensor`, `copy_grads_in_partition`,
-`step`) and runtime/engine.py (`allreduce_gradients`). Scalars are left out.
+Source: deepspeed 0.19, runtime/zero/stage_1_and_2.py (`DeepSpeedZeroOptimizer.__init__`), and
+runtime/engine.py (`_configure_distributed_model`). Scalars are left out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lowres.core import host
-
-if TYPE_CHECKING:
-    from lowres.core.engine import Engine
-    from lowres.core.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -30,19 +25,22 @@ class Planned:
     Args:
         processes: That share the updates; the first of them is planned.
         apart: Host memory is not the device's memory.
+        half: The type that DeepSpeed casts the model to; None where it leaves it.
     """
 
     processes: int
     apart: bool
+    half: torch.dtype | None
 
 
 _planned: contextvars.ContextVar[Planned | None] = contextvars.ContextVar("planned", default=None)
 
 
 @contextlib.contextmanager
-def planning(processes: int, apart: bool) -> Iterator[None]:
+def planning(processes: int, apart: bool, precision: str) -> Iterator[None]:
     """A plan is made while the block runs."""
-    token = _planned.set(Planned(processes, apart))
+    half = torch.bfloat16 if precision == "bf16" else None
+    token = _planned.set(Planned(processes, apart, half))
     try:
         yield
     finally:
@@ -55,7 +53,7 @@ def planned() -> Planned | None:
 
 
 @dataclass
-class _Group:
+class Group:
     """One parameter group: all its parameters in one tensor, of which a process updates a part.
 
     Args:
@@ -97,10 +95,10 @@ class Partitions(torch.optim.Optimizer):
             for group in self.groups:
                 group.master.grad = self.hosted(group.size, torch.float32)
         else:
-            for group in self.groups:
-                torch.empty(group.size, dtype=torch.float32)  # made and dropped
+            made = [torch.empty(group.size, dtype=torch.float32) for group in self.groups]
+            del made  # no gradients yet
 
-    def _divided(self, group: dict[str, Any]) -> _Group:
+    def _divided(self, group: dict[str, Any]) -> Group:
         parameters = list(group["params"])
         together: list[torch.Tensor] = [p.detach() for p in parameters]
         elements = sum(p.numel() for p in parameters)
@@ -108,9 +106,9 @@ class Partitions(torch.optim.Optimizer):
         if elements % aligned:
             pad = torch.empty(aligned - elements % aligned, dtype=together[0].dtype)
             together.append(pad)
-        flat = _flattened(together)
+        flat = flattened(together)
         del together
-        made = _Group(parameters, flat, flat, flat.numel() // self.processes)
+        made = Group(parameters, flat, flat, flat.numel() // self.processes)
         at = 0
         for parameter in parameters:
             parameter.data = flat[at : at + parameter.numel()].view(parameter.shape)
@@ -118,11 +116,9 @@ class Partitions(torch.optim.Optimizer):
             made.parts[id(parameter)] = list(range(first, last + 1))
             made.own[id(parameter)] = max(0, min(at + parameter.numel(), made.size) - at)
             at += parameter.numel()
-        part = flat[: made.size].clone()
-        if self._apart or part.dtype != torch.float32:
-            part_there = self.hosted(made.size, torch.float32)
-            part = part_there
-        made.master = part
+        made.master = flat[: made.size].clone()
+        if self._apart or made.master.dtype != torch.float32:
+            made.master = self.hosted(made.size, torch.float32)
         if self.offload:
             made.buffer = self.hosted(made.size, flat.dtype)
         made.master.requires_grad_(True)
@@ -144,14 +140,32 @@ class Partitions(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        with self.there():
-            self._inner.step()
-            for state in self.state.values():
-                for value in state.values():
+        every = self._inner.param_groups
+        for group, options in zip(self.groups, every, strict=True):
+            if not self.offload:
+                group.master.grad = self._gathered(group)
+            with self.there():
+                self._inner.param_groups = [options]
+                self._inner.step()
+                for value in self.state[group.master].values():
                     if self._apart and isinstance(value, torch.Tensor):
                         host.mark(value)
-        for group in self.groups:
-            (group.flat if group.buffer is None else group.buffer)[: group.size].copy_(group.master)
+            if not self.offload:
+                group.master.grad = None
+        self._inner.param_groups = every
+
+    def _gathered(self, group: Group) -> torch.Tensor:
+        """The part's gradient in one tensor of float32; the pieces are dropped."""
+        room, pieces = group.size, []
+        for gradient in group.gradients:
+            pieces.append(gradient.view(-1)[:room])
+            room -= pieces[-1].numel()
+        if room or not pieces:
+            pieces.append(torch.empty(room, dtype=self.dtype))
+        flat = flattened(pieces)
+        gathered = flat.float()
+        group.gradients = []
+        return gathered
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with self.there():
@@ -170,151 +184,18 @@ class Partitions(torch.optim.Optimizer):
             yield tensor, "workspaces"
 
 
-class PlannedUpdates:
-    """The engine over `Partitions`: gradients go through a bucket into the part."""
-
-    keeps_gradients = False
-    own_buckets = True
-
-    def __init__(self, inner: Engine, stage: int, bucket_elements: int) -> None:
-        self.accelerator, self.learner = inner.accelerator, inner.learner
-        self.optimizer = inner.optimizer
-        self._parts: Partitions = getattr(inner.optimizer, "optimizer", inner.optimizer)
-        self._stage, self._most = stage, bucket_elements
-        self._group_of = {id(p): g for g in self._parts.groups for p in g.parameters}
-        self._bucket: torch.Tensor | None = None
-        self._waiting: list[torch.nn.Parameter] = []
-        self._collected: torch.Tensor | None = None
-        self._collected_at = 0
-        self._on_host: dict[int, torch.Tensor] = {}
-        self._passes = 0
-        self._last = True
-        for group in self._parts.groups:
-            for parameter in group.parameters:
-                parameter.register_post_accumulate_grad_hook(self._came)
-
-    def buffers(self) -> Iterator[tuple[torch.Tensor, str]]:
-        return self._parts.buffers()
-
-    def begin(self, lr: float) -> None:
-        pass
-
-    def passes(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
-        yield contextlib.nullcontext()
-
-    def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
-        self._last = last
-        self.accelerator.backward(loss_sum * share)
-        if self._stage == 2 or last:
-            if self._stage == 1:
-                for group in self._parts.groups:
-                    for parameter in group.parameters:
-                        if parameter.grad is not None:
-                            self._into_bucket(parameter)
-            self._epilogue()
-
-    def _came(self, parameter: torch.nn.Parameter) -> None:
-        if self._bucket is None:
-            self._bucket = torch.empty(self._most, dtype=self._parts.dtype)
-            self._passes += 1
-        if self._stage == 2:
-            self._into_bucket(parameter)
-
-    @torch.no_grad()
-    def _into_bucket(self, parameter: torch.nn.Parameter) -> None:
-        size = parameter.numel()
-        filled = sum(p.numel() for p in self._waiting)
-        if filled + size > self._most:
-            self._reduce()
-            filled = 0
-        assert self._bucket is not None and parameter.grad is not None
-        if size > self._most:
-            if self._parts.offload:
-                parameter.grad = parameter.grad.clone()
-        else:
-            there = self._bucket[filled : filled + size].view(parameter.shape)
-            parameter.grad = there.copy_(parameter.grad)
-        self._waiting.append(parameter)
-
-    @torch.no_grad()
-    def _reduce(self) -> None:
-        """Average what waits over the processes, and keep what belongs to this one's part."""
-        owners = [part for p in self._waiting for part in self._group_of[id(p)].parts[id(p)]]
-        changes = sum(a != b for a, b in zip(owners, owners[1:], strict=False))
-        if changes:  # Pieces for several processes are sent as one copy.
-            torch.empty(sum(p.numel() for p in self._waiting), dtype=self._parts.dtype)
-        for parameter in self._waiting:
-            if 0 in self._group_of[id(parameter)].parts[id(parameter)]:
-                self._keep(parameter)
-            elif self._stage == 2:
-                parameter.grad = None
-        self._waiting.clear()
-
-    def _keep(self, parameter: torch.nn.Parameter) -> None:
-        parts, gradient = self._parts, parameter.grad
-        assert gradient is not None
-        if not parts.offload:
-            if self._collected is None:
-                owned = [p for g in parts.groups for p in g.parameters if 0 in g.parts[id(p)]]
-                self._collected = torch.empty(sum(p.numel() for p in owned), dtype=parts.dtype)
-                self._collected_at = 0
-            at, self._collected_at = self._collected_at, self._collected_at + parameter.numel()
-            there = self._collected[at : self._collected_at].view(parameter.shape)
-            parameter.grad = there.copy_(gradient)
-            return
-        if self._passes > 1 or not self._last:
-            if id(parameter) not in self._on_host:
-                self._on_host[id(parameter)] = parts.hosted(parameter.numel(), parameter.dtype)
-            self._on_host[id(parameter)].copy_(gradient.view(-1))
-        if self._last:
-            own = gradient.view(-1)[: self._group_of[id(parameter)].own[id(parameter)]]
-            own.to(torch.double)  # for its norm
-            if own.dtype != torch.float32:
-                own.float()
-            parameter.grad = None
-
-    @torch.no_grad()
-    def _epilogue(self) -> None:
-        self._reduce()
-        for group in self._parts.groups if not self._parts.offload else ():
-            owned = [p for p in group.parameters if 0 in group.parts[id(p)]]
-            if not group.gradients:
-                group.gradients = [p.grad for p in owned if p.grad is not None]
-        self._bucket = self._collected = None
-        for group in self._parts.groups:
-            for parameter in group.parameters:
-                parameter.grad = None
-
-    @torch.no_grad()
-    def update(self, lr: float, max_grad_norm: float | None) -> float | None:
-        parts = self._parts
-        self._passes = 0
-        if not parts.offload:
-            for group in parts.groups:
-                for gradient in group.gradients:
-                    gradient.to(torch.double)  # for its norm
-                self._put_gradient(group)
-        self.optimizer.step()
-        if not parts.offload:
-            for group in parts.groups:
-                group.master.grad = None
-        return None
-
-    def _put_gradient(self, group: _Group) -> None:
-        pieces = group.gradients
-        missing = group.size - sum(g.numel() for g in pieces)
-        if missing > 0:
-            pieces = [*pieces, torch.empty(missing, dtype=pieces[0].dtype)]
-        flat = _flattened(pieces)[: group.size]
-        group.master.grad = flat.float()
-        group.gradients = []
-
-    def discard(self) -> None:
-        raise NotImplementedError("a plan discards nothing")
-
-
-def _flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """One tensor is taken as it is, several are copied together."""
     if len(tensors) == 1:
         return tensors[0].contiguous().view(-1)
     return torch.cat([t.contiguous().view(-1) for t in tensors])
+
+
+def cast(model: torch.nn.Module) -> None:
+    """Parameters in the type of the precision, as DeepSpeed has them instead of autocast."""
+    wanted = planned()
+    if wanted is None or wanted.half is None:
+        return
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(wanted.half)

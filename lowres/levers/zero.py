@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from lowres.core.engine import Engine
+    from lowres.core.learner import Learner
     from lowres.core.recipe import Recipe
 
 Place = Literal["none", "cpu", "nvme"]
@@ -89,12 +90,21 @@ class Zero(Lever):
             yield f"stage {self.stage} does not move parameters; use stage 3, or offload_optimizer"
 
     def on_accelerator(self, options: dict[str, Any]) -> dict[str, Any]:
-        from lowres.bridges import deepspeed
+        from lowres.bridges import deepspeed, deepspeed_shapes
 
+        if deepspeed_shapes.planned() is not None:
+            # DeepSpeed casts the model instead of autocast.
+            return options | {"mixed_precision": "no"}
         return options | {"deepspeed_plugin": deepspeed.plugin(self._settings())}
 
     def uneven(self) -> str | None:
         return "DeepSpeed lays all trained parameters into one tensor"
+
+    def on_learner(self, learner: Learner) -> Learner:
+        from lowres.bridges import deepspeed_shapes
+
+        deepspeed_shapes.cast(learner.base)
+        return learner
 
     def on_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         from lowres.bridges import deepspeed_shapes
@@ -111,10 +121,10 @@ class Zero(Lever):
         return deepspeed_shapes.Partitions(optimizer, wanted, offload, self.pin_memory)
 
     def on_engine(self, engine: Engine) -> Engine:
-        from lowres.bridges import deepspeed, deepspeed_shapes
+        from lowres.bridges import deepspeed, deepspeed_shapes, deepspeed_updates
 
         if deepspeed_shapes.planned() is not None:
-            return deepspeed_shapes.PlannedUpdates(engine, self.stage, self.bucket_elements)
+            return deepspeed_updates.PlannedUpdates(engine, self.stage, self.bucket_elements)
         return deepspeed.ZeroUpdates(engine)
 
     def _settings(self) -> Mapping[str, Any]:

@@ -101,9 +101,9 @@ def rehearse(
     stand_ins.prepare()
     inputs = dataclasses.replace(inputs, config=copy.deepcopy(inputs.config))
     with (
-        accelerate.alone_on_cpu(recipe.loop) as accelerator,
+        deepspeed_shapes.planning(processes, target.kind == "cuda", recipe.loop.precision),
+        accelerate.alone_on_cpu(recipe) as accelerator,
         rehearsal.rehearsing(),
-        deepspeed_shapes.planning(processes, target.kind == "cuda"),
         torch.random.fork_rng(devices=[]),
         warnings.catch_warnings(),
     ):
@@ -162,12 +162,7 @@ class _Stage:
         with tracer:
             engine = build.engine_of(self.recipe, self.accelerator, learner, optimizer)
         scenes.watch_updates(engine, tracer, self._name)
-        own = getattr(engine, "buffers", None)
-        if own is not None:
-            tracer.hold((tensor, OUTSIDE, "", category) for tensor, category in own())
-        elif self.processes > 1:
-            # DistributedDataParallel keeps a flat copy of all gradients, in buckets.
-            tracer.permanent(self.saved_bytes, "gradient buckets of several processes")
+        scenes.hold_own(engine, tracer, self.processes, self.saved_bytes)
 
         tokens = passes = repeats = 0.0
         with self._following(learner), translating(tracer, self.target):
@@ -176,6 +171,7 @@ class _Stage:
                 tokens, passes, repeats = self._update(learner, engine, step)
                 self._tell_states(engine)
             tracer.mark("save")
+            scenes.save(engine, learner, tracer)
             tracer.mark("evaluate")
             if not self.quick:
                 scenes.evaluate(self.recipe, self.inputs.data, learner, self.accelerator, tracer)
