@@ -24,6 +24,7 @@ class PlannedUpdates:
     """The engine over `Partitions`: gradients go through a bucket into the part."""
 
     keeps_gradients = False
+    last_differs = True  # after it gradients are whole, or in the part
 
     def __init__(self, inner: Engine, stage: int, bucket_elements: int) -> None:
         self.accelerator, self.learner = inner.accelerator, inner.learner

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowres.core.batching import batching_of
+from lowres.core.engine import Engine
 from lowres.core.example import Batch, Row
 from lowres.core.recipe import Recipe
 from lowres.run.data import Data, Order, updates_of
@@ -19,10 +20,12 @@ def rows_of(recipe: Recipe, data: Data, step: int) -> list[Row]:
     return [data.train[i] for i in order.rows(min(step, updates - 1))]
 
 
-def telling(batches: Sequence[Batch]) -> set[int]:
-    """The first micro-batch, which meets no gradients, and the largest of those that do."""
+def telling(batches: Sequence[Batch], engine: Engine) -> set[int]:
+    """The first micro-batch, which meets no gradients, and the largest of those that do; the last
+    where an engine treats it otherwise (`last_differs`)."""
     rest = range(1, len(batches))
-    return {0, max(rest, key=lambda i: elements(batches[i]), default=0)}
+    chosen = {0, max(rest, key=lambda i: elements(batches[i]), default=0)}
+    return chosen | {len(batches) - 1} if getattr(engine, "last_differs", False) else chosen
 
 
 def elements(batch: Batch) -> int:
