@@ -126,6 +126,28 @@ def gathered(model: nn.Module, trained_only: bool = True) -> Iterator[None]:
         yield
 
 
+def is_divided(optimizer: Any) -> bool:
+    """Whether an optimizer is DeepSpeed's, which holds parts of parameters."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("deepspeed.")
+
+
+def elements(parameter: Any) -> int:
+    """Of the whole parameter, also where a part alone is at hand."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@contextlib.contextmanager
+def whole(parameter: nn.Parameter) -> Iterator[None]:
+    """Put one divided parameter together while the block runs; every process must enter."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+        yield
+
+
 class ZeroUpdates:
     """An engine whose gradients, states and updates are DeepSpeed's."""
 
@@ -181,10 +203,9 @@ def states(optimizer: Any) -> Sequence[Mapping[str, Any]]:
 
 def own_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
     """What DeepSpeed's optimizer holds beside the model and the states: partitions, buckets."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not type(inner).__module__.startswith("deepspeed."):
+    if not is_divided(optimizer):
         return
-    waiting: list[Any] = [vars(inner)]
+    waiting: list[Any] = [vars(getattr(optimizer, "optimizer", optimizer))]
     while waiting:
         found = waiting.pop()
         if hasattr(found, "untyped_storage"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lowres.core.parts import Guard, Lever, PositiveInt, part
+from lowres.core.parts import Lever, PositiveInt, part
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,6 @@ class Zero(Lever):
 
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     whole_process: ClassVar[bool] = True
-    # Gradients and, in stage 3, parameters are not in their own places.
-    waives: ClassVar[frozenset[Guard]] = frozenset({"gradients", "moved", "frozen", "saved"})
 
     stage: Literal[1, 2, 3] = 2
     offload_optimizer: Place = "cpu"

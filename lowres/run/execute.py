@@ -117,8 +117,9 @@ def execute(
         with meter.phase("save", session.held):
             _save_model(recipe, learner, accelerator, folder, record)
         session.guards.end()
-        if accelerator.is_main_process:
-            session.guards.saved(folder / output.MODEL)
+        with deepspeed.gathered(learner.base):
+            if accelerator.is_main_process:
+                session.guards.saved(folder / output.MODEL)
         session.evaluate()
         if look is not None:
             look(dataclasses.replace(learner, module=learner.base))

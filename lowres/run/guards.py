@@ -12,6 +12,7 @@ one norm of each gradient.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lowres.bridges import deepspeed
 from lowres.bridges.bitsandbytes import quantisation_states
 from lowres.core.errors import Diverged, LowresError
 from lowres.core.parts import Guard
@@ -61,6 +63,10 @@ class Guards:
         self._largest: dict[str, float] = {}
         """Of each trained parameter's gradients so far."""
         self._updates = 0
+        self._divided = deepspeed.is_divided(optimizer)
+        self._arrived: dict[str, float] = {}
+        """The largest of the gradients as they came: DeepSpeed takes them away."""
+        self._hooks: list[Callable[[], None]] = []
         self._trained: dict[str, int] = {}
         self._frozen: dict[str, int] = {}
 
@@ -74,12 +80,16 @@ class Guards:
         trained = dict(_trained(self._model))
         if "moved" not in self._waived:
             missing = [name for name, p in trained.items() if id(p) not in rates]
-            if missing:
+            if missing and not self._divided:
                 raise GuardFailed(
                     f"the optimizer does not hold {some(missing)}, which would never be updated; "
                     "this is a mistake in a part of the recipe, not in its values"
                 )
-            self._trained = {name: checksum(p) for name, p in trained.items()}
+            self._trained = {name: _sum_of(p) for name, p in trained.items()}
+        if self._divided and "gradients" not in self._waived:
+            for name, parameter in trained.items():
+                came = functools.partial(self._arrive, name)
+                self._hooks.append(parameter.register_hook(came).remove)  # type: ignore[no-untyped-call]
         if "frozen" not in self._waived:
             self._frozen = dict(_frozen_samples(self._model))
 
@@ -102,12 +112,13 @@ class Guards:
             return
         missing, infinite = [], []
         for name, parameter in _trained(self._model):
-            if parameter.grad is None:
+            if self._divided:
+                largest = self._arrived.pop(name, None)
+            else:
+                largest = None if parameter.grad is None else _largest(parameter.grad)
+            if largest is None:
                 missing.append(name)
-                continue
-            # The largest magnitude: not finite where any element is not, and no copy is made.
-            largest = float(torch.linalg.vector_norm(parameter.grad.detach(), math.inf))
-            if not math.isfinite(largest):
+            elif not math.isfinite(largest):
                 infinite.append(name)
             elif not scaled:
                 self._largest[name] = max(largest, self._largest.get(name, 0.0))
@@ -122,6 +133,10 @@ class Guards:
                 "lower optimizer.lr, or compute in a wider type (loop.precision, model.dtype)"
             )
 
+    def _arrive(self, name: str, gradient: torch.Tensor) -> None:
+        both = _largest(gradient), self._arrived.get(name, 0.0)
+        self._arrived[name] = max(both) if all(map(math.isfinite, both)) else math.inf
+
     def updated(self, skipped: bool) -> None:
         """Tell that an update was made; after the second one, look at what has moved.
 
@@ -134,13 +149,19 @@ class Guards:
         rates = {id(p): float(g["lr"]) for g in self._optimizer.param_groups for p in g["params"]}
         if skipped or not self.watching or not any(rates.values()):
             return
+        # DeepSpeed's optimizer holds parts of parameters, and not them.
+        usual = max(rates.values()) if self._divided else 0.0
         for name, parameter in _trained(self._model):
-            self._rates[name] = max(self._rates.get(name, 0.0), rates.get(id(parameter), 0.0))
+            self._rates[name] = max(self._rates.get(name, 0.0), rates.get(id(parameter), usual))
         self._updates += 1
-        if self.watching or "moved" in self._waived:
+        if self.watching:
+            return
+        for remove in self._hooks:
+            remove()
+        if "moved" in self._waived:
             return
         there = dict(_trained(self._model))
-        still = [n for n, was in self._trained.items() if n in there and checksum(there[n]) == was]
+        still = [n for n, was in self._trained.items() if n in there and _sum_of(there[n]) == was]
         small = [name for name in still if self._is_small(name, there[name])]
         if still and (len(still) == len(self._trained) or len(small) < len(still)):
             named = [n for n in still if n not in small] or still
@@ -171,7 +192,7 @@ class Guards:
             )
 
     def saved(self, folder: Path) -> None:
-        """Compare what was written with what was trained.
+        """Compare what was written with what was trained, which is whole in this process.
 
         Raises:
             GuardFailed: When a trained tensor is not in the files, bit for bit.
@@ -188,7 +209,8 @@ class Guards:
             return False
         if parameter.element_size() < 4:
             return True
-        held = float(torch.linalg.vector_norm(parameter.detach(), math.inf))
+        with deepspeed.whole(parameter):
+            held = _largest(parameter)
         # Update rules move by the rate times the gradient, or by the rate.
         return rate * min(largest, 1.0) < torch.finfo(parameter.dtype).eps * held
 
@@ -231,6 +253,16 @@ def checksum(tensor: torch.Tensor) -> int:
     return total % (1 << 64)
 
 
+def _sum_of(parameter: nn.Parameter) -> int:
+    with deepspeed.whole(parameter):
+        return checksum(parameter)
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude: not finite where any element is not, and no copy is made."""
+    return float(torch.linalg.vector_norm(tensor.detach(), math.inf))
+
+
 def _sample(tensor: torch.Tensor) -> int:
     bits = _bits(tensor)
     return checksum(bits[:: max(1, bits.numel() // _SAMPLE)])
@@ -247,14 +279,18 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel())
+    named = model.named_parameters()
+    return ((n, p) for n, p in named if p.requires_grad and deepspeed.elements(p))
 
 
 def _frozen_samples(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Every frozen parameter that is at hand, and what quantised layers hold beside them."""
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.numel() and not parameter.is_meta:
-            yield name, _sample(parameter)
+        if parameter.requires_grad or parameter.is_meta or not deepspeed.elements(parameter):
+            continue
+        with deepspeed.whole(parameter):
+            sum_ = _sample(parameter)
+        yield name, sum_
     for number, (path, tensor) in enumerate(quantisation_states(model)):
         yield f"quantisation state {number} of {path}", _sample(tensor)
 

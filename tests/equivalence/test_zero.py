@@ -163,6 +163,80 @@ def test_on_a_card_the_plan_parts_device_and_host(
     assert 8 * trained <= saved <= 20 * trained
 
 
+SPOILED = """
+import sys, torch, lowres
+from lowres.bridges import deepspeed, transformers
+
+recipe, folder, what = sys.argv[1:]
+make, update, save = deepspeed.ZeroUpdates.__init__, deepspeed.ZeroUpdates.update, transformers.save
+
+
+def pick(model, trained):
+    return [p for p in model.parameters() if p.requires_grad == trained][-1]
+
+
+def made(self, inner):
+    make(self, inner)
+    if what == "gradients":
+        pick(self.learner.base, True).register_hook(lambda gradient: gradient * float("inf"))
+
+
+def updated(self, lr, max_grad_norm):
+    if what == "moved":
+        self.engine.step = lambda: None
+    if what == "frozen":
+        frozen = pick(self.learner.base, False)
+        with torch.no_grad():
+            frozen.add_(1.0)
+            if hasattr(frozen, "ds_tensor"):
+                frozen.ds_tensor.add_(1.0)
+    return update(self, lr, max_grad_norm)
+
+
+def saved(model, tokenizer, into):
+    save(model, tokenizer, into)
+    if what == "saved":
+        with torch.no_grad():
+            pick(model, True).add_(1.0)
+
+
+deepspeed.ZeroUpdates.__init__, deepspeed.ZeroUpdates.update = made, updated
+transformers.save = saved
+lowres.run(lowres.load_recipe(recipe), output_folder=folder, quiet=True)
+"""
+NOTICED = {
+    "gradients": "are not finite in update 1",
+    "moved": "have not changed at all",
+    "frozen": "should be frozen and changed",
+    "saved": "are not in",
+}
+
+
+@pytest.mark.parametrize(
+    ("lever", "what"),
+    [
+        pytest.param(ZERO2, "gradients"),
+        pytest.param(ZERO2, "moved", marks=pytest.mark.slow),
+        pytest.param(ZERO2, "frozen", marks=pytest.mark.slow),
+        pytest.param(ZERO2, "saved"),
+        pytest.param(ZERO3, "gradients", marks=pytest.mark.slow),
+        pytest.param(ZERO3, "moved"),
+        pytest.param(ZERO3, "frozen"),
+    ],
+)
+def test_a_run_that_goes_wrong_is_noticed(
+    lever: dict[str, Any], what: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """Behaviour: the guards hold where gradients, states and parameters are divided."""
+    keys = keys | {"levers": [lever], "loop": keys["loop"] | {"steps": 2, "save_every": None}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
+    command = [sys.executable, "-c", SPOILED, str(tmp_path / "r.yaml"), str(tmp_path / "run"), what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert (tmp_path / "run" / "record.json").exists(), done.stderr[-3000:]
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["outcome"] in ("failed", "diverged") and NOTICED[what] in record["error"]
+
+
 @pytest.mark.parametrize(
     ("lever", "said"),
     [
