@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,15 @@ def whole(parameter: nn.Parameter) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
         yield
+
+
+def on_gradient(parameter: Any, call: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """Have a parameter's gradients told as they come, before they are taken away.
+
+    Returns:
+        Ends it.
+    """
+    return parameter.register_hook(call).remove
 
 
 class ZeroUpdates:

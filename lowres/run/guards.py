@@ -26,13 +26,11 @@ from lowres.bridges.bitsandbytes import quantisation_states
 from lowres.core.errors import Diverged, LowresError
 from lowres.core.parts import Guard
 from lowres.core.recipe import Recipe
+from lowres.run.checksums import checksum, sampled
 
 UPDATES = 2
 """After so many every trained parameter has moved: LoRA's A has a zero gradient in the first."""
-_SAMPLE = 4096
-_CHUNK = 1 << 20
 _SHOWN = 5
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class GuardFailed(LowresError):
@@ -81,15 +79,17 @@ class Guards:
         if "moved" not in self._waived:
             missing = [name for name, p in trained.items() if id(p) not in rates]
             if missing and not self._divided:
-                raise GuardFailed(
+                text = (
                     f"the optimizer does not hold {some(missing)}, which would never be updated; "
-                    "this is a mistake in a part of the recipe, not in its values"
+                )
+                raise GuardFailed(
+                    text + "this is a mistake in a part of the recipe, not in its values"
                 )
             self._trained = {name: _sum_of(p) for name, p in trained.items()}
         if self._divided and "gradients" not in self._waived:
             for name, parameter in trained.items():
                 came = functools.partial(self._arrive, name)
-                self._hooks.append(parameter.register_hook(came).remove)  # type: ignore[no-untyped-call]
+                self._hooks.append(deepspeed.on_gradient(parameter, came))
         if "frozen" not in self._waived:
             self._frozen = dict(_frozen_samples(self._model))
 
@@ -147,10 +147,10 @@ class Guards:
             GuardFailed: When a trained parameter has its old value.
         """
         rates = {id(p): float(g["lr"]) for g in self._optimizer.param_groups for p in g["params"]}
-        if skipped or not self.watching or not any(rates.values()):
+        # DeepSpeed's optimizer holds parts of parameters, in stage 3 none between updates.
+        usual = max(float(g["lr"]) for g in self._optimizer.param_groups) if self._divided else 0.0
+        if skipped or not self.watching or not any((usual, *rates.values())):
             return
-        # DeepSpeed's optimizer holds parts of parameters, and not them.
-        usual = max(rates.values()) if self._divided else 0.0
         for name, parameter in _trained(self._model):
             self._rates[name] = max(self._rates.get(name, 0.0), rates.get(id(parameter), usual))
         self._updates += 1
@@ -162,7 +162,7 @@ class Guards:
             return
         there = dict(_trained(self._model))
         still = [n for n, was in self._trained.items() if n in there and _sum_of(there[n]) == was]
-        small = [name for name in still if self._is_small(name, there[name])]
+        small = [n for n in still if self._is_small(n, there[n], _largest_of(there[n]))]
         if still and (len(still) == len(self._trained) or len(small) < len(still)):
             named = [n for n in still if n not in small] or still
             raise GuardFailed(
@@ -200,7 +200,7 @@ class Guards:
         if "saved" not in self._waived:
             stop_at_lost(self._model, folder)
 
-    def _is_small(self, name: str, parameter: nn.Parameter) -> bool:
+    def _is_small(self, name: str, parameter: nn.Parameter, held: float) -> bool:
         """Whether an update may be lost in rounding: by its size, or as 16 bits lose most."""
         largest, rate = self._largest.get(name), self._rates[name]
         if largest is None:
@@ -209,8 +209,6 @@ class Guards:
             return False
         if parameter.element_size() < 4:
             return True
-        with deepspeed.whole(parameter):
-            held = _largest(parameter)
         # Update rules move by the rate times the gradient, or by the rate.
         return rate * min(largest, 1.0) < torch.finfo(parameter.dtype).eps * held
 
@@ -243,39 +241,19 @@ def stop_at_lost(model: nn.Module, folder: Path) -> None:
         )
 
 
-def checksum(tensor: torch.Tensor) -> int:
-    """A sum over all elements' bits, read as integers, modulo 2^64; 8 MiB at most are made."""
-    total = 0
-    for part in torch.split(_bits(tensor), _CHUNK):
-        wide = part.to(torch.int64)
-        # Squared, since opposite changes of equal numbers would leave a plain sum as it was.
-        total += int(wide.mul_(wide).sum())
-    return total % (1 << 64)
-
-
 def _sum_of(parameter: nn.Parameter) -> int:
     with deepspeed.whole(parameter):
         return checksum(parameter)
 
 
+def _largest_of(parameter: nn.Parameter) -> float:
+    with deepspeed.whole(parameter):
+        return _largest(parameter)
+
+
 def _largest(tensor: torch.Tensor) -> float:
     """The largest magnitude: not finite where any element is not, and no copy is made."""
     return float(torch.linalg.vector_norm(tensor.detach(), math.inf))
-
-
-def _sample(tensor: torch.Tensor) -> int:
-    bits = _bits(tensor)
-    return checksum(bits[:: max(1, bits.numel() // _SAMPLE)])
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as a vector of integers, without a copy where they lie densely."""
-    flat = tensor.detach()
-    if not flat.is_contiguous():
-        order = sorted(range(flat.dim()), key=flat.stride, reverse=True)
-        flat = flat.permute(order)
-    flat = flat.reshape(-1)
-    return flat if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -289,10 +267,10 @@ def _frozen_samples(model: nn.Module) -> Iterator[tuple[str, int]]:
         if parameter.requires_grad or parameter.is_meta or not deepspeed.elements(parameter):
             continue
         with deepspeed.whole(parameter):
-            sum_ = _sample(parameter)
+            sum_ = sampled(parameter)
         yield name, sum_
     for number, (path, tensor) in enumerate(quantisation_states(model)):
-        yield f"quantisation state {number} of {path}", _sample(tensor)
+        yield f"quantisation state {number} of {path}", sampled(tensor)
 
 
 def some(names: Sequence[str]) -> str:
