@@ -17,9 +17,13 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 SIGNS = {"works": "works", "refused": "refused", "fails": "**fails**"}
 HEAD = """# What goes together
 
-Each cell was run: two updates on a tiny decoder, a checkpoint after each, the saved model, and a
-resume from the first checkpoint. *works* means that losses and saved tensors of both are equal, bit
-for bit; *refused* that lowres says no before training; *fails* that it ought to work and does not.
+Each cell was run: two updates on a tiny decoder, a checkpoint after each, the saved model loaded by
+transformers and PEFT alone, merged where the method can be, and a resume from the first checkpoint.
+*works* means that losses and saved tensors of both runs are equal, bit for bit; that the model that
+was loaded gives the logits of the one that was trained, bit for bit; and that the merged one gives
+those of the adapter beside the base in `model.dtype`, within the tolerance of `lowres.run.merging`
+(relative 1e-4 in float32). *refused* means that lowres says no before training; *fails* that it
+ought to work and does not.
 The numbers lead to the reasons at the end. `lowres check RECIPE` reads the same table; `lowres
 bench compatibility` runs what it lacks, and `python -m benchmarks.compatibility` writes this page.
 """

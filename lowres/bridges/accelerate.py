@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lowres.core.recipe import Loop, Recipe
+    from lowres.core.recipe import Recipe
 
 TRAINED = "trained.safetensors"
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -177,7 +177,7 @@ def load_state(accelerator: Any, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_on_cpu(loop: Loop) -> Iterator[Any]:
+def alone_on_cpu(recipe: Recipe) -> Iterator[Any]:
     """An Accelerator of one process on the CPU, whatever this process was launched as.
 
     accelerate keeps the state of all its objects in class attributes; they are exchanged while the
@@ -196,10 +196,10 @@ def alone_on_cpu(loop: Loop) -> Iterator[Any]:
         del os.environ[name]
     for cls in classes:
         cls._shared_state = {}
+    precision = "bf16" if recipe.loop.precision == "fp16" else recipe.loop.precision
+    options = fold({"mixed_precision": precision}, recipe.levers, "on_accelerator")
     try:
-        yield Accelerator(
-            cpu=True, mixed_precision="bf16" if loop.precision == "fp16" else loop.precision
-        )
+        yield Accelerator(cpu=True, **options)
     finally:
         for cls, state in zip(classes, before, strict=True):
             cls._shared_state = state

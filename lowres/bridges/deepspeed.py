@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,37 @@ def gathered(model: nn.Module, trained_only: bool = True) -> Iterator[None]:
         yield
 
 
+def is_divided(optimizer: Any) -> bool:
+    """Whether an optimizer is DeepSpeed's, which holds parts of parameters."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("deepspeed.")
+
+
+def elements(parameter: Any) -> int:
+    """Of the whole parameter, also where a part alone is at hand."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@contextlib.contextmanager
+def whole(parameter: nn.Parameter) -> Iterator[None]:
+    """Put one divided parameter together while the block runs; every process must enter."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+        yield
+
+
+def on_gradient(parameter: Any, call: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """Have a parameter's gradients told as they come, before they are taken away.
+
+    Returns:
+        Ends it.
+    """
+    return parameter.register_hook(call).remove
+
+
 class ZeroUpdates:
     """An engine whose gradients, states and updates are DeepSpeed's."""
 
@@ -177,6 +208,23 @@ def states(optimizer: Any) -> Sequence[Mapping[str, Any]]:
     """The states that DeepSpeed's optimizer holds for its flat partitions."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return list(getattr(inner, "state", {}).values())
+
+
+def own_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
+    """What DeepSpeed's optimizer holds beside the model and the states: partitions, buckets."""
+    if not is_divided(optimizer):
+        return
+    waiting: list[Any] = [vars(getattr(optimizer, "optimizer", optimizer))]
+    while waiting:
+        found = waiting.pop()
+        if hasattr(found, "untyped_storage"):
+            yield found
+            if found.is_leaf and found.grad is not None:
+                yield found.grad
+        elif isinstance(found, dict):
+            waiting += found.values()
+        elif isinstance(found, list | tuple):
+            waiting += found
 
 
 def _take_over(settings: Mapping[str, Any]) -> None:

@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lowres.core.parts import Guard, Lever, PositiveInt, part
+from lowres.core.parts import Lever, PositiveInt, part
+from lowres.core.rotation import Rotating
 
 if TYPE_CHECKING:
+    import torch
+
     from lowres.core.engine import Engine
+    from lowres.core.learner import Learner
     from lowres.core.recipe import Recipe
 
 Place = Literal["none", "cpu", "nvme"]
@@ -38,8 +42,6 @@ class Zero(Lever):
 
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     whole_process: ClassVar[bool] = True
-    # Gradients and, in stage 3, parameters are not in their own places.
-    waives: ClassVar[frozenset[Guard]] = frozenset({"gradients", "moved", "frozen", "saved"})
 
     stage: Literal[1, 2, 3] = 2
     offload_optimizer: Place = "cpu"
@@ -73,6 +75,11 @@ class Zero(Lever):
                 f"'{recipe.optimizer.name}' keeps its states on the device in its own form; use "
                 "adamw, whose states DeepSpeed can divide and move"
             )
+        if isinstance(recipe.freezing, Rotating):
+            yield (
+                f"freezing '{recipe.freezing.name}' changes what is trained, and DeepSpeed divides "
+                "it once; use 'optimizer_offload', or freezing 'prefix'"
+            )
         if recipe.loop.precision == "fp16":
             yield "under fp16 DeepSpeed scales the loss by its own rules; use loop.precision: bf16"
 
@@ -87,15 +94,41 @@ class Zero(Lever):
             yield f"stage {self.stage} does not move parameters; use stage 3, or offload_optimizer"
 
     def on_accelerator(self, options: dict[str, Any]) -> dict[str, Any]:
-        from lowres.bridges import deepspeed
+        from lowres.bridges import deepspeed, deepspeed_shapes
 
+        if deepspeed_shapes.planned() is not None:
+            # DeepSpeed casts the model instead of autocast.
+            return options | {"mixed_precision": "no"}
         return options | {"deepspeed_plugin": deepspeed.plugin(self._settings())}
 
-    def on_engine(self, engine: Engine) -> Engine:
-        from lowres.bridges import deepspeed
+    def uneven(self) -> str | None:
+        return "DeepSpeed lays all trained parameters into one tensor"
 
-        if not deepspeed.is_engine(engine.learner.module):
-            raise NotImplementedError("DeepSpeed's own buffers are not planned")
+    def on_learner(self, learner: Learner) -> Learner:
+        from lowres.bridges import deepspeed_shapes
+
+        deepspeed_shapes.cast(learner.base)
+        return learner
+
+    def on_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        from lowres.bridges import deepspeed_shapes
+
+        wanted = deepspeed_shapes.planned()
+        if wanted is None:
+            return optimizer  # accelerate gives it to DeepSpeed
+        if self.stage == 3 or self.config is not None or self.offload_optimizer == "nvme":
+            raise NotImplementedError(
+                "of DeepSpeed's buffers those of stages 1 and 2 are planned, without `config` and "
+                "without nvme"
+            )
+        offload = self.offload_optimizer == "cpu"
+        return deepspeed_shapes.Partitions(optimizer, wanted, offload, self.pin_memory)
+
+    def on_engine(self, engine: Engine) -> Engine:
+        from lowres.bridges import deepspeed, deepspeed_shapes, deepspeed_updates
+
+        if deepspeed_shapes.planned() is not None:
+            return deepspeed_updates.PlannedUpdates(engine, self.stage, self.bucket_elements)
         return deepspeed.ZeroUpdates(engine)
 
     def _settings(self) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
-"""One combination tried out: train, save, resume, and see that the same came out."""
+"""One combination tried out: train, save, load, merge, resume, and see that the same came out."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -11,11 +12,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lowres.bridges import peft, tiny
-from lowres.bridges import transformers as bridge
+from lowres.bridges import peft, tiny, transformers
+from lowres.bridges.blocks import map_blocks
 from lowres.core.errors import LowresError
+from lowres.core.example import Batch
+from lowres.core.learner import Learner, LoadRequest
+from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
 from lowres.core.record import from_file
+from lowres.run import build, merging
 from lowres.run.execute import execute
 from lowres.run.output import MODEL, RECIPE, RECORD
 
@@ -30,18 +35,27 @@ peft.preload()
 
 def biased(folder: Path) -> Path:
     """A model with biases: what some methods train."""
-    with bridge._quiet():
+    with transformers._quiet():
         return tiny.write_opt(folder, BIASED_LIKE)
 
 
 def try_out(recipe: Recipe, folder: Path) -> None:
-    """Two updates and a save; the second update again from the checkpoint of the first.
+    """Two updates and a save; what was saved loaded and merged; the second update again from the
+    checkpoint of the first.
 
     Raises:
         InputError: Where lowres refuses the recipe.
         LowresError: Where what came out is not the same.
     """
-    record = execute(recipe, output_folder=folder / "whole", quiet=True, force=True)
+    inputs = build.read(recipe)
+    batch = build.collator(recipe, inputs)(inputs.data.train[: merging.ROWS])
+    trained: list[torch.Tensor] = []
+    record = execute(
+        recipe, output_folder=folder / "whole", quiet=True, force=True,
+        look=lambda learner: trained.append(merging.logits_of(learner, batch)),
+    )  # fmt: skip
+    same_answers(recipe, inputs, folder / "whole" / MODEL, batch, trained[0])
+
     again = folder / "again"
     again.mkdir()
     shutil.copytree(folder / "whole" / "checkpoint-1", again / "checkpoint-1")
@@ -53,6 +67,53 @@ def try_out(recipe: Recipe, folder: Path) -> None:
     if resumed.losses != record.losses:
         raise LowresError(f"resumed losses are {resumed.losses}, not {record.losses}")
     same_files(folder / "whole" / MODEL, again / MODEL)
+
+
+def same_answers(
+    recipe: Recipe, inputs: build.Inputs, saved: Path, batch: Batch, trained: torch.Tensor
+) -> None:
+    """Load what was saved with transformers and PEFT alone, merge it, and load that.
+
+    What is loaded answers bit for bit as what was trained: its weights are packed from the same
+    bytes. What is merged answers as the adapter beside the base without levers, within
+    `merging.TOLERANCE`.
+
+    Args:
+        saved: An adapter, to be put beside its base, or a whole model, which is merged already.
+        trained: Logits of the trained model for the batch.
+
+    Raises:
+        LowresError: Where one of the two answers otherwise.
+    """
+    plain = build.request_of(recipe, inputs)
+    request = fold(plain, recipe.levers, "on_load")
+    adapter = (saved / "adapter_config.json").is_file()
+    if adapter:
+        loaded = merging.adapted(recipe, inputs, request, saved)
+    else:
+        loaded = _whole(inputs, request, saved)
+    answers = merging.logits_of(loaded, batch)
+    if not torch.equal(answers, trained):
+        off = merging.distance_of(answers, trained)
+        raise LowresError(f"the saved model, loaded again, answers otherwise: off by {off:.2g}")
+    if not (adapter and recipe.method.mergeable):
+        return
+    if request != plain:
+        answers = merging.logits_of(merging.adapted(recipe, inputs, plain, saved), batch)
+    into = saved.parent / "merged"
+    merging.merge(recipe, saved, into)
+    off = merging.distance_of(merging.logits_of(_whole(inputs, plain, into), batch), answers)
+    if not off <= merging.TOLERANCE[plain.dtype]:
+        raise LowresError(f"the merged model, loaded again, answers otherwise: off by {off:.2g}")
+
+
+def _whole(inputs: build.Inputs, request: LoadRequest, folder: Path) -> Learner:
+    """A model as its folder describes it, without a recipe's knowledge."""
+    config = transformers.load_config(str(folder), None, False)
+    request = dataclasses.replace(request, checkpoint=str(folder), revision=None, init="pretrained")
+    model, _ = transformers.load_model(request, config, inputs.encoder.pad_id, 0)
+    blocks = map_blocks(model, [], True, False)
+    return Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
 
 def _resume_elsewhere(recipe: Path, checkpoint: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lowres.bridges import accelerate, deepspeed, peft, transformers
 from lowres.bridges.bitsandbytes import element_count
 from lowres.core.errors import InputError, Interrupted, LowresError, OutOfMemory
+from lowres.core.learner import Learner
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
@@ -33,6 +35,7 @@ def execute(
     resume: str | None = None,
     force: bool = False,
     quiet: bool = False,
+    look: Callable[[Learner], None] | None = None,
 ) -> RunRecord:
     """Run a recipe and write its record, whatever happens.
 
@@ -41,6 +44,7 @@ def execute(
         resume: `latest` or the path of a checkpoint; None begins anew.
         force: Run although the plan does not fit.
         quiet: Say nothing.
+        look: Given the trained model once it is saved and scored; on every process.
 
     Returns:
         The record, also written to `<output>/record.json`.
@@ -109,9 +113,12 @@ def execute(
         with meter.phase("save", session.held):
             _save_model(recipe, learner, accelerator, folder, record)
         session.guards.end()
-        if accelerator.is_main_process:
-            session.guards.saved(folder / output.MODEL)
+        with deepspeed.gathered(learner.base):
+            if accelerator.is_main_process:
+                session.guards.saved(folder / output.MODEL)
         session.evaluate()
+        if look is not None:
+            look(dataclasses.replace(learner, module=learner.base))
         record.outcome = "ok"
     except InputError as error:
         refused = True

@@ -12,6 +12,7 @@ one norm of each gradient.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,17 +21,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lowres.bridges import deepspeed
 from lowres.bridges.bitsandbytes import quantisation_states
 from lowres.core.errors import Diverged, LowresError
 from lowres.core.parts import Guard
 from lowres.core.recipe import Recipe
+from lowres.run.checksums import checksum, sampled
 
 UPDATES = 2
 """After so many every trained parameter has moved: LoRA's A has a zero gradient in the first."""
-_SAMPLE = 4096
-_CHUNK = 1 << 20
 _SHOWN = 5
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class GuardFailed(LowresError):
@@ -62,6 +62,10 @@ class Guards:
         """Of each trained parameter's gradients so far."""
         self._updates = 0
         self._ever: list[str] = []
+        self._divided = deepspeed.is_divided(optimizer)
+        self._arrived: dict[str, float] = {}
+        """The largest of the gradients as they came: DeepSpeed takes them away."""
+        self._hooks: list[Callable[[], None]] = []
         self._trained: dict[str, int] = {}
         self._frozen: dict[str, int] = {}
 
@@ -76,12 +80,18 @@ class Guards:
         self._ever = list(trained)
         if "moved" not in self._waived:
             missing = [name for name, p in trained.items() if id(p) not in rates]
-            if missing:
-                raise GuardFailed(
+            if missing and not self._divided:
+                text = (
                     f"the optimizer does not hold {some(missing)}, which would never be updated; "
-                    "this is a mistake in a part of the recipe, not in its values"
                 )
-            self._trained = {name: checksum(p) for name, p in trained.items()}
+                raise GuardFailed(
+                    text + "this is a mistake in a part of the recipe, not in its values"
+                )
+            self._trained = {name: _sum_of(p) for name, p in trained.items()}
+        if self._divided and "gradients" not in self._waived:
+            for name, parameter in trained.items():
+                came = functools.partial(self._arrive, name)
+                self._hooks.append(deepspeed.on_gradient(parameter, came))
         if "frozen" not in self._waived:
             self._frozen = dict(_frozen_samples(self._model))
 
@@ -104,12 +114,13 @@ class Guards:
             return
         missing, infinite = [], []
         for name, parameter in _trained(self._model):
-            if parameter.grad is None:
+            if self._divided:
+                largest = self._arrived.pop(name, None)
+            else:
+                largest = None if parameter.grad is None else _largest(parameter.grad)
+            if largest is None:
                 missing.append(name)
-                continue
-            # The largest magnitude: not finite where any element is not, and no copy is made.
-            largest = float(torch.linalg.vector_norm(parameter.grad.detach(), math.inf))
-            if not math.isfinite(largest):
+            elif not math.isfinite(largest):
                 infinite.append(name)
             elif not scaled:
                 self._largest[name] = max(largest, self._largest.get(name, 0.0))
@@ -124,6 +135,10 @@ class Guards:
                 "lower optimizer.lr, or compute in a wider type (loop.precision, model.dtype)"
             )
 
+    def _arrive(self, name: str, gradient: torch.Tensor) -> None:
+        both = _largest(gradient), self._arrived.get(name, 0.0)
+        self._arrived[name] = max(both) if all(map(math.isfinite, both)) else math.inf
+
     def updated(self, skipped: bool) -> None:
         """Tell that an update was made; after the second one, look at what has moved.
 
@@ -134,18 +149,24 @@ class Guards:
             GuardFailed: When a trained parameter has its old value.
         """
         rates = {id(p): float(g["lr"]) for g in self._optimizer.param_groups for p in g["params"]}
-        if skipped or not self.watching or not any(rates.values()):
+        # DeepSpeed's optimizer holds parts of parameters, in stage 3 none between updates.
+        usual = max(float(g["lr"]) for g in self._optimizer.param_groups) if self._divided else 0.0
+        if skipped or not self.watching or not any((usual, *rates.values())):
             return
         there = dict(_trained(self._model))
         for name, parameter in there.items():
-            self._rates[name] = max(self._rates.get(name, 0.0), rates.get(id(parameter), 0.0))
+            self._rates[name] = max(self._rates.get(name, 0.0), rates.get(id(parameter), usual))
         self._updates += 1
         # What rested meanwhile, or has just come in, has made too few updates to tell.
         self._trained = {n: was for n, was in self._trained.items() if n in there}
-        if self.watching or "moved" in self._waived:
+        if self.watching:
             return
-        still = [name for name, was in self._trained.items() if checksum(there[name]) == was]
-        small = [name for name in still if self._is_small(name, there[name])]
+        for remove in self._hooks:
+            remove()
+        if "moved" in self._waived:
+            return
+        still = [name for name, was in self._trained.items() if _sum_of(there[name]) == was]
+        small = [n for n in still if self._is_small(n, there[n], _largest_of(there[n]))]
         if still and (len(still) == len(self._trained) or len(small) < len(still)):
             named = [n for n in still if n not in small] or still
             raise GuardFailed(
@@ -175,7 +196,7 @@ class Guards:
             )
 
     def saved(self, folder: Path) -> None:
-        """Compare what was written with what was trained.
+        """Compare what was written with what was trained, which is whole in this process.
 
         Raises:
             GuardFailed: When a trained tensor is not in the files, bit for bit.
@@ -184,7 +205,7 @@ class Guards:
             own = dict(self._model.named_parameters())
             stop_at_lost(self._model, folder, [(name, own[name]) for name in self._ever])
 
-    def _is_small(self, name: str, parameter: nn.Parameter) -> bool:
+    def _is_small(self, name: str, parameter: nn.Parameter, held: float) -> bool:
         """Whether an update may be lost in rounding: by its size, or as 16 bits lose most."""
         largest, rate = self._largest.get(name), self._rates[name]
         if largest is None:
@@ -193,7 +214,6 @@ class Guards:
             return False
         if parameter.element_size() < 4:
             return True
-        held = float(torch.linalg.vector_norm(parameter.detach(), math.inf))
         # Update rules move by the rate times the gradient, or by the rate.
         return rate * min(largest, 1.0) < torch.finfo(parameter.dtype).eps * held
 
@@ -231,42 +251,36 @@ def stop_at_lost(
         )
 
 
-def checksum(tensor: torch.Tensor) -> int:
-    """A sum over all elements' bits, read as integers, modulo 2^64; 8 MiB at most are made."""
-    total = 0
-    for part in torch.split(_bits(tensor), _CHUNK):
-        wide = part.to(torch.int64)
-        # Squared, since opposite changes of equal numbers would leave a plain sum as it was.
-        total += int(wide.mul_(wide).sum())
-    return total % (1 << 64)
+def _sum_of(parameter: nn.Parameter) -> int:
+    with deepspeed.whole(parameter):
+        return checksum(parameter)
 
 
-def _sample(tensor: torch.Tensor) -> int:
-    bits = _bits(tensor)
-    return checksum(bits[:: max(1, bits.numel() // _SAMPLE)])
+def _largest_of(parameter: nn.Parameter) -> float:
+    with deepspeed.whole(parameter):
+        return _largest(parameter)
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as a vector of integers, without a copy where they lie densely."""
-    flat = tensor.detach()
-    if not flat.is_contiguous():
-        order = sorted(range(flat.dim()), key=flat.stride, reverse=True)
-        flat = flat.permute(order)
-    flat = flat.reshape(-1)
-    return flat if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude: not finite where any element is not, and no copy is made."""
+    return float(torch.linalg.vector_norm(tensor.detach(), math.inf))
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel())
+    named = model.named_parameters()
+    return ((n, p) for n, p in named if p.requires_grad and deepspeed.elements(p))
 
 
 def _frozen_samples(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Every frozen parameter that is at hand, and what quantised layers hold beside them."""
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.numel() and not parameter.is_meta:
-            yield name, _sample(parameter)
+        if parameter.requires_grad or parameter.is_meta or not deepspeed.elements(parameter):
+            continue
+        with deepspeed.whole(parameter):
+            sum_ = sampled(parameter)
+        yield name, sum_
     for number, (path, tensor) in enumerate(quantisation_states(model)):
-        yield f"quantisation state {number} of {path}", _sample(tensor)
+        yield f"quantisation state {number} of {path}", sampled(tensor)
 
 
 def some(names: Sequence[str]) -> str:

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import torch
 
 from lowres.bridges.bitsandbytes import quantisation_states
+from lowres.bridges.deepspeed import own_tensors
 from lowres.bridges.streaming import streamed_tensors
 from lowres.memory.live import tensors_of
 
 
 def held(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    """Parameters, gradients, buffers, optimizer states, what quantised layers hold beside, and
-    what streams between host and device."""
+    """Parameters, gradients, buffers, optimizer states, what quantised layers hold beside, what
+    streams between host and device, and what DeepSpeed holds."""
     yield from tensors_of(module, optimizer)
     for _, tensor in quantisation_states(module):
         yield tensor
     yield from streamed_tensors(module)
+    yield from own_tensors(optimizer)

@@ -73,13 +73,13 @@ def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
 
     over_trained = None
     if trained != plain:
-        over_trained = _logits(_adapted(recipe, inputs, trained, adapter), batch)
-    learner = _adapted(recipe, inputs, plain, adapter)
-    unmerged = _logits(learner, batch)
+        over_trained = logits_of(adapted(recipe, inputs, trained, adapter), batch)
+    learner = adapted(recipe, inputs, plain, adapter)
+    unmerged = logits_of(learner, batch)
     with peft.disabled(learner.base):
-        effect = _distance(_logits(learner, batch), unmerged)
+        effect = distance_of(logits_of(learner, batch), unmerged)
     learner.module = learner.base = recipe.method.merge(learner.base)
-    distance = _distance(_logits(learner, batch), unmerged)
+    distance = distance_of(logits_of(learner, batch), unmerged)
     limit = TOLERANCE[plain.dtype]
     if not distance <= limit:
         raise LowresError(
@@ -89,7 +89,7 @@ def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
         )
     with checkpoint.writing("the merged model", into):
         transformers.save(learner.base, learner.tokenizer, into)
-    from_trained = 0.0 if over_trained is None else _distance(unmerged, over_trained)
+    from_trained = 0.0 if over_trained is None else distance_of(unmerged, over_trained)
     return Merged(into, plain.dtype, distance, from_trained, effect)
 
 
@@ -108,7 +108,7 @@ def _check(recipe: Recipe, adapter: Path, into: Path) -> None:
         raise InputError("merging", problems)
 
 
-def _adapted(recipe: Recipe, inputs: build.Inputs, request: LoadRequest, adapter: Path) -> Learner:
+def adapted(recipe: Recipe, inputs: build.Inputs, request: LoadRequest, adapter: Path) -> Learner:
     """A base with the adapter beside it, in evaluation mode."""
     from lowres.bridges.blocks import map_blocks
 
@@ -122,7 +122,7 @@ def _adapted(recipe: Recipe, inputs: build.Inputs, request: LoadRequest, adapter
     return Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
 
-def _logits(learner: Learner, batch: Batch) -> torch.Tensor:
+def logits_of(learner: Learner, batch: Batch) -> torch.Tensor:
     """In float32, with padding left out of what is compared."""
     device = next(learner.base.parameters()).device
     with torch.no_grad():
@@ -132,5 +132,5 @@ def _logits(learner: Learner, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def distance_of(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())

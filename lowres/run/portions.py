@@ -52,19 +52,22 @@ def rows_of(recipe: Recipe, data: Data, step: int) -> list[Row]:
     return [data.train[i] for i in order.rows(min(step, updates - 1))]
 
 
-def telling(batches: Sequence[Batch]) -> set[int]:
-    """The first micro-batch, which meets no gradients, and the largest of those that do.
+def telling(batches: Sequence[Batch], last_differs: bool = False) -> set[int]:
+    """The first micro-batch, which meets no gradients, and the largest of those that do; the last
+    where the engine treats it otherwise.
 
-    Where that has no padding, the largest one with padding, too: only that needs a mask, which may
-    take more than the tokens that it lacks.
+    Where the largest has no padding, the largest one with padding, too: only that needs a mask,
+    which may take more than the tokens that it lacks.
     """
     rest = range(1, len(batches))
     largest = max(rest, key=lambda i: (elements(batches[i]), _padded(batches[i])), default=0)
+    chosen = {0, largest}
+    if last_differs:
+        chosen.add(len(batches) - 1)
     padded = [i for i in rest if _padded(batches[i])]
     if largest not in padded:
-        largest_padded = max(padded, key=lambda i: elements(batches[i]), default=0)
-        return {0, largest, largest_padded}
-    return {0, largest}
+        chosen.add(max(padded, key=lambda i: elements(batches[i]), default=0))
+    return chosen
 
 
 def _padded(batch: Batch) -> bool:

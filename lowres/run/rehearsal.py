@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lowres.bridges import accelerate, peft, rehearsal, shorten, stand_ins
+from lowres.bridges import accelerate, deepspeed_shapes, peft, rehearsal, shorten, stand_ins
 from lowres.bridges.bitsandbytes import element_count, quantisation_states
 from lowres.core import host
 from lowres.core.blocks import Blocks
@@ -103,7 +103,8 @@ def rehearse(
     stand_ins.prepare()
     inputs = dataclasses.replace(inputs, config=copy.deepcopy(inputs.config))
     with (
-        accelerate.alone_on_cpu(recipe.loop) as accelerator,
+        deepspeed_shapes.planning(processes, target.kind == "cuda", recipe.loop.precision),
+        accelerate.alone_on_cpu(recipe) as accelerator,
         rehearsal.rehearsing(),
         torch.random.fork_rng(devices=[]),
         warnings.catch_warnings(),
@@ -166,9 +167,7 @@ class _Stage:
         with tracer:
             engine = build.engine_of(self.recipe, self.accelerator, learner, optimizer)
         scenes.watch_updates(engine, tracer, self.categories.name)
-        if self.processes > 1:
-            # DistributedDataParallel keeps a flat copy of all gradients, in buckets.
-            tracer.permanent(self.saved_bytes, "gradient buckets of several processes")
+        scenes.hold_own(engine, tracer, self.processes, self.saved_bytes)
 
         tokens = passes = repeats = 0.0
         with self._following(learner), translating(tracer, self.target):
@@ -180,6 +179,7 @@ class _Stage:
                 tokens, passes, repeats = self._update(learner, engine, number)
                 self.categories.states(engine)
             tracer.mark("save")
+            scenes.save(engine, learner, tracer)
             tracer.mark("evaluate")
             if not self.quick:
                 scenes.evaluate(self.recipe, self.inputs.data, learner, self.accelerator, tracer)
@@ -262,7 +262,7 @@ class _Stage:
             recipe.method.before_update(learner.base, step)
             with self.target.on_host(tracer):
                 batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
-            only = portions.telling(batches)
+            only = portions.telling(batches, getattr(engine, "last_differs", False))
             engine.begin(1.0)
             quick = self.quick and engine.keeps_gradients
             if quick and (not last or self.states_only):

@@ -106,6 +106,25 @@ def weights_of(learner: Learner) -> Iterator[tuple[torch.Tensor, int, str, str]]
         yield tensor, place(path + "."), path, "quantisation state"
 
 
+def hold_own(engine: Engine, tracer: Tracer, processes: int, gradient_bytes: int) -> None:
+    """What an engine holds from its start: its own buffers, or those of several processes."""
+    buffers = getattr(engine, "buffers", None)
+    if buffers is not None:
+        tracer.hold((tensor, OUTSIDE, "", category) for tensor, category in buffers())
+    elif processes > 1:
+        # DistributedDataParallel keeps a flat copy of all gradients, in buckets.
+        tracer.permanent(gradient_bytes, "gradient buckets of several processes")
+
+
+def save(engine: Engine, learner: Learner, tracer: Tracer) -> None:
+    """What is copied to be written, where an engine has changed how the model is held."""
+    saving = getattr(engine, "saving", None)
+    if saving is not None:
+        tracer.enter("save")
+        with tracer:
+            saving(learner.base)
+
+
 def evaluate(
     recipe: Recipe, data: Data, learner: Learner, accelerator: Any, tracer: Tracer
 ) -> None:

@@ -60,6 +60,86 @@ def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
         same_files(tmp_path / "a", tmp_path / "c")
 
 
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a cell looks at after its first run: recipe, inputs, folder, batch, logits."""
+    from lowres.run import build, merging
+    from lowres.run.execute import execute
+
+    folder = tmp_path_factory.mktemp("cell")
+    one = load_recipe(compatibility.raw(Combination("lora"), compatibility.MODELS[0], folder))
+    inputs = build.read(one)
+    batch = build.collator(one, inputs)(inputs.data.train[: merging.ROWS])
+    logits: list[Any] = []
+
+    def look(learner: Any) -> None:
+        logits.append(merging.logits_of(learner, batch))
+
+    execute(one, output_folder=folder / "whole", quiet=True, look=look)
+    return one, inputs, folder / "whole" / "model", batch, logits[0]
+
+
+def _another_value(weights: dict[str, Any]) -> None:
+    """As if one matrix had not been written as it was: off by a thousandth."""
+    key = next(k for k in weights if k.endswith(("lora_B.weight", "q_proj.weight")))
+    weights[key] = weights[key] * 1.001 + 1e-3
+
+
+def _rewrite(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    _another_value(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("broken", ["nothing", "reload", "no adapter", "merge", "merged file"])
+def test_a_broken_reload_or_merge_is_noticed(
+    broken: str, tried: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: a file with another value, an adapter that is not put in, a merge that folds
+    nothing in, a merged file with another value; and what is whole goes through."""
+    import shutil
+
+    from lowres.bridges import peft, transformers
+    from lowres.run.compatibility_cell import same_answers
+
+    one, inputs, model, batch, trained = tried
+    saved = tmp_path / "model"
+    shutil.copytree(model, saved)
+    said = {"reload": "saved model", "no adapter": "saved model", "merged file": "merged model, lo"}
+    if broken == "reload":
+        _rewrite(saved / "adapter_model.safetensors")
+    elif broken == "no adapter":
+        monkeypatch.setattr(peft, "load_adapter", lambda model, _: model)
+    elif broken == "merge":
+        monkeypatch.setattr(type(one.method), "merge", lambda _, model: model.unload())
+    elif broken == "merged file":
+        usual = transformers.save
+
+        def save(learned: Any, tokenizer: Any, folder: Path) -> None:
+            usual(learned, tokenizer, folder)
+            _rewrite(folder / "model.safetensors")
+
+        monkeypatch.setattr(transformers, "save", save)
+    if broken == "nothing":
+        same_answers(one, inputs, saved, batch, trained)
+        return
+    with pytest.raises(LowresError, match=said.get(broken, "off by")):
+        same_answers(one, inputs, saved, batch, trained)
+
+
+def test_a_whole_model_that_is_not_the_trained_one_is_noticed(tried: Any, tmp_path: Path) -> None:
+    """Behaviour: the base's own weights in place of what full training saved."""
+    from lowres.bridges.transformers import resolve
+    from lowres.run.compatibility_cell import same_answers
+
+    one, inputs, _, batch, trained = tried
+    base = Path(resolve(one.model.checkpoint).location)
+    with pytest.raises(LowresError, match="saved model"):
+        same_answers(one, inputs, base, batch, trained)
+
+
 def test_a_recipe_is_looked_up_whole_or_in_parts(raw_recipe: Any) -> None:
     """Behaviour: three levers are told by their pairs; what failed is said."""
     levers = ["nf4_weights", "gradient_checkpointing"]

@@ -29,6 +29,19 @@ CASES = [
     pytest.param(ZERO2, 2, marks=pytest.mark.slow),
     pytest.param(ZERO3, 2),
 ]
+SMALL = {"name": "zero", "bucket_elements": 20_000}
+"""Gradients of the tiny model fill several buckets."""
+PLANNED = [
+    pytest.param(SMALL, "full", {}, 1),
+    pytest.param(SMALL | {"offload_optimizer": "none"}, "full", {}, 2),
+    pytest.param(SMALL | {"offload_optimizer": "none"}, "lora", {"precision": "bf16"}, 1,
+                 marks=pytest.mark.slow),
+    pytest.param(SMALL | {"stage": 1}, "full", {"precision": "bf16"}, 1, marks=pytest.mark.slow),
+    pytest.param(SMALL | {"stage": 1, "offload_optimizer": "none"}, "full", {}, 1,
+                 marks=pytest.mark.slow),
+]  # fmt: skip
+SCALARS_BYTES = 4096
+"""Norms, flags and learning rates, which are made as tensors and not planned."""
 TOLERANCE = 1e-5
 """Of losses: sums over processes and buckets are made in another order."""
 
@@ -96,6 +109,132 @@ def test_the_losses_are_those_of_the_plain_run(
         check=True, timeout=240, cwd=tmp_path,
     )  # fmt: skip
     assert torch.load(tmp_path / "logits.pt", weights_only=True).isfinite().all()
+
+
+@pytest.mark.parametrize(("lever", "method", "loop", "processes"), PLANNED)
+def test_the_plan_is_what_is_measured(
+    lever: dict[str, Any],
+    method: str,
+    loop: dict[str, Any],
+    processes: int,
+    raw_recipe: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Reference: live bytes of the run, phase by phase, for the first process; exact but for
+    scalars."""
+    loop = {"steps": 2, "micro_batch_size": 2, "max_grad_norm": None} | loop
+    keys = raw_recipe("decoder", method=method, objective="label_words", loop=loop, levers=[lever])
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
+    said = launched(
+        tmp_path / "r.yaml", processes, lever.get("stage", 2), "--output", str(tmp_path / "run")
+    )
+    assert (tmp_path / "run" / "record.json").exists(), said
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["plan"] is not None, record["events"]
+    checked = 0
+    for phase, measured in record["measured"]["phases"].items():
+        if measured["live_bytes"] is not None:
+            off = record["plan"]["phases"][phase]["live_bytes"] - measured["live_bytes"]
+            assert abs(off) <= SCALARS_BYTES, (phase, off, measured["live_bytes"])
+            checked += 1
+    assert checked == 5
+
+
+def test_on_a_card_the_plan_parts_device_and_host(
+    raw_recipe: Callable[..., dict[str, Any]],
+) -> None:
+    """Closed form: with states on the host, each trained parameter of float32 is there as master,
+    gradient, two states and a copy to be sent: 20 bytes; the device holds none of these."""
+    from lowres.memory import device as devices
+    from lowres.run.plan import plan
+
+    planned = {}
+    for place in ("cpu", "none"):
+        lever = SMALL | {"offload_optimizer": place}
+        loop = {"micro_batch_size": 8}
+        keys = raw_recipe(method="full", objective="label_words", levers=[lever], loop=loop)
+        planned[place] = plan(lowres.load_recipe(keys), devices.generic(8.0))
+    trained = planned["cpu"].trainable
+    steady = {place: found.phases["steady_steps"] for place, found in planned.items()}
+    # Beside it the staging buffer of the largest parameter.
+    assert 20 * trained <= steady["cpu"].host_bytes <= 26 * trained
+    assert steady["none"].host_bytes == 0
+    saved = steady["none"].live_bytes - steady["cpu"].live_bytes
+    assert 8 * trained <= saved <= 20 * trained
+
+
+SPOILED = """
+import sys, torch, lowres
+from lowres.bridges import deepspeed, transformers
+
+recipe, folder, what = sys.argv[1:]
+make, update, save = deepspeed.ZeroUpdates.__init__, deepspeed.ZeroUpdates.update, transformers.save
+
+
+def pick(model, trained):
+    return [p for p in model.parameters() if p.requires_grad == trained][-1]
+
+
+def made(self, inner):
+    make(self, inner)
+    if what == "gradients":
+        pick(self.learner.base, True).register_hook(lambda gradient: gradient * float("inf"))
+
+
+def updated(self, lr, max_grad_norm):
+    if what == "moved":
+        self.engine.step = lambda: None
+    if what == "frozen":
+        frozen = pick(self.learner.base, False)
+        with torch.no_grad():
+            frozen.add_(1.0)
+            if hasattr(frozen, "ds_tensor"):
+                frozen.ds_tensor.add_(1.0)
+    return update(self, lr, max_grad_norm)
+
+
+def saved(model, tokenizer, into):
+    save(model, tokenizer, into)
+    if what == "saved":
+        with torch.no_grad():
+            pick(model, True).add_(1.0)
+
+
+deepspeed.ZeroUpdates.__init__, deepspeed.ZeroUpdates.update = made, updated
+transformers.save = saved
+lowres.run(lowres.load_recipe(recipe), output_folder=folder, quiet=True)
+"""
+NOTICED = {
+    "gradients": "are not finite in update 1",
+    "moved": "have not changed at all",
+    "frozen": "should be frozen and changed",
+    "saved": "are not in",
+}
+
+
+@pytest.mark.parametrize(
+    ("lever", "what"),
+    [
+        pytest.param(ZERO2, "gradients"),
+        pytest.param(ZERO2, "moved", marks=pytest.mark.slow),
+        pytest.param(ZERO2, "frozen", marks=pytest.mark.slow),
+        pytest.param(ZERO2, "saved"),
+        pytest.param(ZERO3, "gradients", marks=pytest.mark.slow),
+        pytest.param(ZERO3, "moved"),
+        pytest.param(ZERO3, "frozen"),
+    ],
+)
+def test_a_run_that_goes_wrong_is_noticed(
+    lever: dict[str, Any], what: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """Behaviour: the guards hold where gradients, states and parameters are divided."""
+    keys = keys | {"levers": [lever], "loop": keys["loop"] | {"steps": 2, "save_every": None}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
+    command = [sys.executable, "-c", SPOILED, str(tmp_path / "r.yaml"), str(tmp_path / "run"), what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert (tmp_path / "run" / "record.json").exists(), done.stderr[-3000:]
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["outcome"] in ("failed", "diverged") and NOTICED[what] in record["error"]
 
 
 @pytest.mark.parametrize(

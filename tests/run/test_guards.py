@@ -18,8 +18,9 @@ from lowres.core.engine import BackPropagation
 from lowres.core.errors import Diverged
 from lowres.run import guards
 from lowres.run.build import build, engine_of
+from lowres.run.checksums import checksum
 from lowres.run.gradients import make_gradients, micro_batches
-from lowres.run.guards import GuardFailed, Guards, checksum, stop_at_lost
+from lowres.run.guards import GuardFailed, Guards, stop_at_lost
 from lowres.run.weights import remark_on_bfloat16
 from tests.conftest import KINDS
 

@@ -1,0 +1,159 @@
+"""How DeepSpeed's ZeRO stages 1 and 2 make an update, for a plan: `Partitions` filled as DeepSpeed
+fills them.
+
+Source: deepspeed 0.19, runtime/zero/stage_1_and_2.py (`setup_buckets`, `reduce_ipg_grads`,
+`reduce_independent_p_g_buckets_and_remove_grads`, `average_tensor`, `copy_grads_in_partition`,
+`independent_gradient_partition_epilogue`, `step`) and runtime/engine.py (`allreduce_gradients`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowres.bridges.deepspeed_shapes import Partitions
+
+if TYPE_CHECKING:
+    from lowres.core.engine import Engine
+
+
+class PlannedUpdates:
+    """The engine over `Partitions`: gradients go through a bucket into the part."""
+
+    keeps_gradients = False
+    last_differs = True  # after it gradients are whole, or in the part
+
+    def __init__(self, inner: Engine, stage: int, bucket_elements: int) -> None:
+        self.accelerator, self.learner = inner.accelerator, inner.learner
+        self.optimizer = inner.optimizer
+        self._parts: Partitions = getattr(inner.optimizer, "optimizer", inner.optimizer)
+        self._stage, self._most = stage, bucket_elements
+        self._group_of = {id(p): g for g in self._parts.groups for p in g.parameters}
+        self._bucket: torch.Tensor | None = None
+        self._waiting: list[torch.nn.Parameter] = []
+        self._collected: torch.Tensor | None = None
+        self._collected_at = 0
+        self._on_host: dict[int, torch.Tensor] = {}
+        self._passes = 0
+        self._last = True
+        for group in self._parts.groups:
+            for parameter in group.parameters:
+                parameter.register_post_accumulate_grad_hook(self._came)
+
+    def buffers(self) -> Iterator[tuple[torch.Tensor, str]]:
+        return self._parts.buffers()
+
+    def begin(self, lr: float) -> None:
+        pass
+
+    def passes(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
+        yield contextlib.nullcontext()
+
+    def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
+        self._last = last
+        self.accelerator.backward(loss_sum * share)
+        if self._stage == 2 or last:
+            if self._stage == 1:
+                for group in self._parts.groups:
+                    for parameter in group.parameters:
+                        if parameter.grad is not None:
+                            self._into_bucket(parameter)
+            self._epilogue()
+
+    def _came(self, parameter: torch.nn.Parameter) -> None:
+        if self._bucket is None:
+            self._bucket = torch.empty(self._most, dtype=self._parts.dtype)
+            self._passes += 1
+        if self._stage == 2:
+            self._into_bucket(parameter)
+
+    @torch.no_grad()
+    def _into_bucket(self, parameter: torch.nn.Parameter) -> None:
+        size = parameter.numel()
+        filled = sum(p.numel() for p in self._waiting)
+        if filled + size > self._most:
+            self._reduce()
+            filled = 0
+        assert self._bucket is not None and parameter.grad is not None
+        if size > self._most:
+            if self._parts.offload:
+                parameter.grad = parameter.grad.clone()
+        else:
+            there = self._bucket[filled : filled + size].view(parameter.shape)
+            parameter.grad = there.copy_(parameter.grad)
+        self._waiting.append(parameter)
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        """Average what waits over the processes, and keep what belongs to this one's part."""
+        owners = [part for p in self._waiting for part in self._group_of[id(p)].parts[id(p)]]
+        changes = sum(a != b for a, b in zip(owners, owners[1:], strict=False))
+        if changes:  # Pieces for several processes are sent as one copy.
+            torch.empty(sum(p.numel() for p in self._waiting), dtype=self._parts.dtype)
+        for parameter in self._waiting:
+            if 0 in self._group_of[id(parameter)].parts[id(parameter)]:
+                self._keep(parameter)
+            elif self._stage == 2:
+                parameter.grad = None
+        self._waiting.clear()
+
+    def _keep(self, parameter: torch.nn.Parameter) -> None:
+        parts, gradient = self._parts, parameter.grad
+        assert gradient is not None
+        if not parts.offload:
+            if self._collected is None:
+                owned = [p for g in parts.groups for p in g.parameters if 0 in g.parts[id(p)]]
+                self._collected = torch.empty(sum(p.numel() for p in owned), dtype=parts.dtype)
+                self._collected_at = 0
+            at, self._collected_at = self._collected_at, self._collected_at + parameter.numel()
+            there = self._collected[at : self._collected_at].view(parameter.shape)
+            parameter.grad = there.copy_(gradient)
+            return
+        if self._passes > 1 or not self._last:
+            if id(parameter) not in self._on_host:
+                self._on_host[id(parameter)] = parts.hosted(parameter.numel(), parameter.dtype)
+            self._on_host[id(parameter)].copy_(gradient.view(-1))
+        if self._last:
+            own = gradient.view(-1)[: self._group_of[id(parameter)].own[id(parameter)]]
+            own.to(torch.double)  # for its norm
+            if own.dtype != torch.float32:
+                own.float()
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _epilogue(self) -> None:
+        self._reduce()
+        for group in self._parts.groups if not self._parts.offload else ():
+            owned = [p for p in group.parameters if 0 in group.parts[id(p)]]
+            if not group.gradients:
+                group.gradients = [p.grad for p in owned if p.grad is not None]
+        self._bucket = self._collected = None
+        for group in self._parts.groups:
+            for parameter in group.parameters:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def update(self, lr: float, max_grad_norm: float | None) -> float | None:
+        self._passes = 0
+        for group in self._parts.groups:
+            for gradient in group.gradients:
+                gradient.to(torch.double)  # for its norm
+        self.optimizer.step()
+        return None
+
+    def discard(self) -> None:
+        raise NotImplementedError("a plan discards nothing")
+
+    def saving(self, model: Any) -> list[torch.Tensor]:
+        """Copies that transformers and PEFT make of what shares a storage while it is saved."""
+        named = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+        copied = []
+        for group in self._parts.groups:
+            if hasattr(model, "peft_config"):
+                copied += group.parameters[1:]
+            else:  # Tied ones are left out instead.
+                copied += [p for p in group.parameters if named.count(id(p)) == 1]
+        return [p.detach().clone() for p in copied]
