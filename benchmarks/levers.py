@@ -55,7 +55,7 @@ WHERE: dict[str, dict[str, Any]] = {
 
 
 def measurable() -> list[str]:
-    """Levers that a process may pull and let go again; the others are not planned either."""
+    """Levers that a process may pull and let go again."""
     loaded: dict[str, Any] = {n: registry.load("lever", n) for n in registry.names("lever")}
     return [name for name, lever in loaded.items() if not lever.whole_process]
 

@@ -95,8 +95,10 @@ class Partitions(torch.optim.Optimizer):
             for group in self.groups:
                 group.master.grad = self.hosted(group.size, torch.float32)
         else:
-            made = [torch.empty(group.size, dtype=torch.float32) for group in self.groups]
-            del made  # no gradients yet
+            for group in self.groups:
+                group.master.grad = torch.empty(group.size, dtype=torch.float32)
+            for group in self.groups:
+                group.master.grad = None
 
     def _divided(self, group: dict[str, Any]) -> Group:
         parameters = list(group["params"])

@@ -29,13 +29,15 @@ Place = Literal["none", "cpu", "nvme"]
 class Zero(Lever):
     """Stages: 1 divides optimizer states among processes, 2 gradients too, 3 parameters too.
 
-    States are updated by torch's optimizer where they lie, so no compiler is needed for it.
+    States are updated by torch's optimizer where they lie, so no compiler is needed for it. Stages
+    1 and 2 are planned; stage 3, nvme and `config` run unplanned.
 
     Args:
         offload_optimizer: Where states and the update live.
         offload_parameters: Where parameters wait until a layer needs them; stage 3.
         nvme_path: Folder on a fast disk, for `nvme`.
-        bucket_elements: Gradients that are reduced together; held twice on the device.
+        bucket_elements: Gradients that are reduced together, in a bucket on the device; a copy of
+            it is made where it holds those of several processes.
         pin_memory: Lock the pages of what is offloaded: faster, and cannot be swapped out.
         config: A DeepSpeed JSON instead of the fields above; `auto` values are filled in.
     """
