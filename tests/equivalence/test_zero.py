@@ -17,17 +17,29 @@ import yaml
 from safetensors.torch import load_file
 
 import lowres
+from lowres.bridges import deepspeed
 from lowres.core.errors import InputError
 from tests.conftest import ROOT
 from tests.equivalence.test_peft_format import READER
 
 ZERO2 = {"name": "zero"}
 ZERO3 = {"name": "zero", "stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
+NVME = ZERO3 | {"offload_optimizer": "nvme", "offload_parameters": "nvme"}
 CASES = [
     pytest.param(ZERO2, 1, marks=pytest.mark.slow),
     pytest.param(ZERO3, 1, marks=pytest.mark.slow),
     pytest.param(ZERO2, 2, marks=pytest.mark.slow),
     pytest.param(ZERO3, 2),
+    pytest.param(
+        NVME,
+        1,
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(
+                deepspeed.nvme_problem() is not None, reason=f"nvme: {deepspeed.nvme_problem()}"
+            ),
+        ],
+    ),
 ]
 SMALL = {"name": "zero", "bucket_elements": 20_000}
 """Gradients of the tiny model fill several buckets."""
@@ -72,7 +84,7 @@ def launched(recipe: Path, processes: int, stage: int, *arguments: str) -> str:
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
             "--num_processes", str(processes), "--main_process_port", str(port), *run,
         ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     return done.stderr[-3000:]
 
 
@@ -82,6 +94,8 @@ def test_the_losses_are_those_of_the_plain_run(
 ) -> None:
     """Reference: the plain run. Resumed it is equal bit for bit; plain PEFT reads the adapter."""
     recipe, whole, again = tmp_path / "r.yaml", tmp_path / "whole", tmp_path / "again"
+    if "nvme" in lever.values():
+        lever = lever | {"nvme_path": str(tmp_path / "disk")}
     recipe.write_text(yaml.safe_dump(keys | {"levers": [lever]}))
     stage = lever.get("stage", 2)
     said = launched(recipe, processes, stage, "--output", str(whole))
@@ -231,7 +245,7 @@ def test_a_run_that_goes_wrong_is_noticed(
     keys = keys | {"levers": [lever], "loop": keys["loop"] | {"steps": 2, "save_every": None}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
     command = [sys.executable, "-c", SPOILED, str(tmp_path / "r.yaml"), str(tmp_path / "run"), what]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert (tmp_path / "run" / "record.json").exists(), done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["outcome"] in ("failed", "diverged") and NOTICED[what] in record["error"]
