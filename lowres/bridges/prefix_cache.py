@@ -81,9 +81,15 @@ class Prefix:
             if not made:
                 ran.append(module)
 
-        above = {i: _Skipped(self.stack[i], self.further) for i in range(count, len(self.stack))}
+        def take(_: nn.Module, __: Any, out: Any) -> None:
+            made.append(out if isinstance(out, torch.Tensor) else out[0])
+            self.further = None if isinstance(out, torch.Tensor) else len(out) - 1
+            if self.further and count < len(self.stack):
+                self._stop_at_further(out[1:])
+
+        above = {i: _Skipped(self, i) for i in range(count, len(self.stack))}
         handles = [
-            self.stack[count - 1].register_forward_hook(lambda _, __, out: made.append(out)),
+            self.stack[count - 1].register_forward_hook(take),
             nn_module.register_module_forward_pre_hook(note),
         ]
         try:
@@ -95,18 +101,16 @@ class Prefix:
             for handle in handles:
                 handle.remove()
         self._stop_at_dropout(ran)
-        (out,) = made
-        if isinstance(out, torch.Tensor):
-            return out
-        beside = [value for value in out[1:] if isinstance(value, torch.Tensor)]
-        if beside and count < len(self.stack):
-            kind = type(self.stack[0]).__name__
+        (states,) = made
+        return states
+
+    def _stop_at_further(self, beside: Sequence[Any]) -> None:
+        if any(isinstance(value, torch.Tensor) for value in beside):
             _refuse(
-                f"{kind} hands on more than hidden states to the next block, where it would be "
-                f"missing; freeze all {len(self.stack)} blocks of the stack, or drop the lever"
+                f"{type(self.stack[0]).__name__} hands on more than hidden states, which the next "
+                f"block would miss; freeze all {len(self.stack)} blocks of its stack, or drop the "
+                "lever"
             )
-        self.further = len(out) - 1
-        return out[0]
 
     def _stop_at_dropout(self, ran: Sequence[nn.Module]) -> None:
         paths = {id(module): path for path, module in self.model.named_modules()}
@@ -164,8 +168,7 @@ def begin_above(
         where = given.pop(column, None)
         if where is not None:
             found = states(where, given)
-            modules = {i: _Skipped(prefix.stack[i], prefix.further)
-                       for i in range(len(prefix.names))}  # fmt: skip
+            modules = {i: _Skipped(prefix, i) for i in range(len(prefix.names))}
             modules[0].given = found
             replaced.enter_context(_replaced(prefix.stack, modules))
         return args, given
@@ -183,14 +186,13 @@ class _Skipped(nn.Module):
     """Stands where a block stood: hands on the hidden states it is called with, or those given.
 
     Args:
-        block: Which, for its attributes.
-        further: Results beside the hidden states, all of them None.
+        at: The block's place in the stack.
     """
 
-    def __init__(self, block: nn.Module, further: int | None) -> None:
+    def __init__(self, prefix: Prefix, at: int) -> None:
         super().__init__()
-        object.__setattr__(self, "block", block)
-        self.further = further
+        object.__setattr__(self, "block", prefix.stack[at])
+        self.prefix = prefix
         self.given: torch.Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -201,7 +203,8 @@ class _Skipped(nn.Module):
         hidden = args[0] if args else kwargs["hidden_states"]
         if self.given is not None:
             hidden, self.given = self.given, None
-        return hidden if self.further is None else (hidden, *[None] * self.further)
+        further = self.prefix.further
+        return hidden if further is None else (hidden, *[None] * further)
 
 
 @contextlib.contextmanager
