@@ -38,23 +38,25 @@ class Prefix:
         model: The transformers model in it, with or without adapters.
         stack: All blocks of the stack that takes the input.
         names: Paths of the frozen ones at its bottom.
-        further: How many results a block hands on beside the hidden states; None where it hands on
-            nothing but them. Known after `states`.
+        stem: Paths of the embeddings.
+        ran: Paths of the modules that took part. Known after `states`, as is `further`: how many
+            results a block hands on beside the hidden states, None where nothing but them.
     """
 
     base: nn.Module
     model: Any
     stack: nn.ModuleList
     names: tuple[str, ...]
+    stem: tuple[str, ...]
+    ran: frozenset[str] = frozenset()
     further: int | None = None
 
-    @property
-    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the outputs may depend on: every weight that is not above, and not trained."""
-        above = {id(t) for block in self.stack[len(self.names) :] for t in _tensors(block)}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, torch.Tensor) and not tensor.requires_grad:
-                if id(tensor) not in above:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights and persistent buffers that the outputs depend on; what packs weights, too."""
+        inside = tuple(f"{path}." for path in (*self.names, *self.stem))
+        for name, tensor in self.model.state_dict().items():
+            if name.startswith(inside) or name.rpartition(".")[0] in self.ran:
+                if isinstance(tensor, torch.Tensor):
                     yield name, tensor
 
     def stop_if_trained(self) -> None:
@@ -100,7 +102,7 @@ class Prefix:
         finally:
             for handle in handles:
                 handle.remove()
-        self._stop_at_dropout(ran)
+        self.ran = frozenset(self._stop_at_dropout(ran))
         (states,) = made
         return states
 
@@ -112,7 +114,8 @@ class Prefix:
                 "lever"
             )
 
-    def _stop_at_dropout(self, ran: Sequence[nn.Module]) -> None:
+    def _stop_at_dropout(self, ran: Sequence[nn.Module]) -> list[str]:
+        """The modules' paths. Raises InputError when one of them is dropout."""
         paths = {id(module): path for path, module in self.model.named_modules()}
         found = [paths.get(id(m), type(m).__name__) for m in ran if drops_out(m)]
         if found:
@@ -120,6 +123,7 @@ class Prefix:
                 f"there is dropout in the frozen part ({found[0]}), so that each pass gives other "
                 "outputs; set model.dropout to 0"
             )
+        return [paths[id(m)] for m in ran if id(m) in paths]
 
 
 def frozen_prefix(learner: Learner) -> Prefix:
@@ -147,7 +151,7 @@ def frozen_prefix(learner: Learner) -> Prefix:
         count += 1
     if count == 0:
         _refuse(f"the lowest block ({names[0]}) is trained; {_NEAREST}")
-    prefix = Prefix(learner.base, model, stack, names[:count])
+    prefix = Prefix(learner.base, model, stack, names[:count], learner.blocks.stem)
     prefix._stop_at_dropout([m for block in stack[:count] for m in block.modules()])
     return prefix
 
@@ -221,7 +225,7 @@ def _replaced(stack: nn.ModuleList, modules: dict[int, Any]) -> Iterator[None]:
 def digest_of(prefix: Prefix, tokenizer: Any, device: torch.device) -> dict[str, str]:
     """What decides on the outputs of the prefix beside the rows, each in few characters."""
     weights = hashlib.blake2b(digest_size=16)
-    for name, tensor in prefix.frozen:
+    for name, tensor in prefix.tensors():
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # By way of the CPU, and piece by piece: not every type of a weight has a numpy type.
         for piece in tensor.detach().reshape(-1).split(1 << 24):
@@ -252,12 +256,6 @@ def digest_of(prefix: Prefix, tokenizer: Any, device: torch.device) -> dict[str,
 
 def _short(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    for one in module.modules():
-        yield from (p for p in one._parameters.values() if p is not None)
-        yield from (b for b in one._buffers.values() if b is not None)
 
 
 def _cards(inputs: Batch) -> list[int]:

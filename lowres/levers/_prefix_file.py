@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +79,13 @@ def write_table(
     width: int,
     kind: str,
     described: Mapping[str, str],
-    portions: Callable[[], Iterable[tuple[int, NDArray[Any]]]],
+    portions: Iterable[tuple[int, NDArray[Any]]],
 ) -> None:
     """Write a table; under its name it is there whole or not at all.
 
     Args:
         described: Put into the header beside the data, for a reader.
-        portions: States of consecutive tokens, with the place of the first of them.
+        portions: Place of the first of consecutive tokens, and their states.
 
     Raises:
         LowresError: When the disk has no room for it.
@@ -101,7 +101,7 @@ def write_table(
     try:
         with partial.open("w+b") as file:
             start = file.write(_header(tokens, width, kind, described, "0" * 32))
-            for place, states in portions():
+            for place, states in portions:
                 file.seek(start + place * width * KINDS[kind][1])
                 file.write(np.ascontiguousarray(states).view(np.uint8).data)
             file.truncate(start + needed)

@@ -69,9 +69,8 @@ class PrefixStates:
         if self._table is not None:
             places = where.cpu().numpy()
             self._stop_at_other_tokens(places, batch)
-            integers = torch.int32 if host.element_size() == 4 else torch.int16
             # `clip` writes into `out` directly; no place is outside.
-            np.take(self._table, places, axis=0, out=host.view(integers).numpy(), mode="clip")
+            np.take(self._table, places, axis=0, out=_integers(host), mode="clip")
         return host.to(where.device)
 
     def _stop_at_other_tokens(self, places: NDArray[Any], batch: Batch) -> None:
@@ -105,7 +104,7 @@ class PrefixStates:
             raise InputError("the recipe", [Problem("budget.disk_gib", text)])
         if is_fake(probe):
             # What is planned is the run that makes the file; its largest batch comes first.
-            next(self._portions(device, elements))
+            next(self._made(device, elements))
             return
         described = self._described(device, kind)
         path = self._folder / files.name_of(described)
@@ -118,15 +117,8 @@ class PrefixStates:
         except files.Broken as broken:
             again = f"; the file that was there was made anew: {broken}"
         began = time.monotonic()
-
-        def portions() -> Iterator[tuple[int, NDArray[Any]]]:
-            for rows, states in self._portions(device, elements):
-                integers = torch.int32 if states.element_size() == 4 else torch.int16
-                for row, one in zip(rows, states.cpu().view(integers).numpy(), strict=True):
-                    assert row.start is not None
-                    yield row.start, one[: row.length]
-
-        files.write_table(path, tokens, self._width, kind, described, portions)
+        made = (portion for batch in self._made(device, elements) for portion in batch)
+        files.write_table(path, tokens, self._width, kind, described, made)
         self._table = files.open_table(path, tokens, self._width, kind)
         took = format_seconds(time.monotonic() - began)
         self._say(f"{format_bytes(size)} written to {path} in {took}{again}")
@@ -145,20 +137,20 @@ class PrefixStates:
         row = min(self._rows, key=lambda row: row.length)
         with torch.enable_grad():
             alone = self._prefix.states(self._batch([row], device))
-        if alone.requires_grad:
+        if _trains(alone):
             self._refuse("something is trained below the frozen blocks; drop the lever")
         if is_fake(alone):
-            return alone
+            return alone.detach()
         with torch.no_grad():
             wider = self._prefix.states(self._batch([row], device, padding=3))
-        again = wider[:, -row.length :] if self._side == "left" else wider[:, : row.length]
-        apart = float((again.float() - alone.float()).norm() / alone.float().norm())
+        again, first = self._own(row, wider[0]).float(), alone.detach()[0].float()
+        apart = float((again - first).norm() / first.norm())
         if not apart < _DISTANCE:
             self._refuse(
                 f"the outputs of the frozen blocks for a row depend on its padding or on chance "
                 f"(two passes are {apart:.0%} apart); drop the lever"
             )
-        return alone
+        return alone.detach()
 
     def _refuse(self, why: str) -> None:
         raise InputError("the recipe", [Problem("levers", f"'frozen_prefix_cache': {why}")])
@@ -174,22 +166,30 @@ class PrefixStates:
                      for key, t in batch.items()}  # fmt: skip
         return {key: tensor.to(device) for key, tensor in batch.items()}
 
-    def _portions(
+    def _made(
         self, device: torch.device, elements: int
-    ) -> Iterator[tuple[list[Row], torch.Tensor]]:
-        """All rows, longest first, and their states (B, T, D), the rows' own on the left."""
+    ) -> Iterator[list[tuple[int, NDArray[Any]]]]:
+        """Batch after batch, longest rows first: the states (T, D) of each row, and its start."""
         order = sorted(self._rows, key=lambda row: -row.length)
         while order:
-            length = order[0].length
-            count = max(1, elements // length)
+            count = max(1, elements // order[0].length)
             rows, order = order[:count], order[count:]
             with torch.no_grad():
                 states = self._prefix.states(self._batch(rows, device))
-            if self._side == "left":
-                states = torch.stack([
-                    one.roll(row.length - length, 0) for row, one in zip(rows, states, strict=True)
-                ])  # fmt: skip
-            yield rows, states
+            # Copied, for the next batch must not find this one's states in memory.
+            yield (
+                []
+                if is_fake(states)
+                else [
+                    (row.start or 0, _integers(self._own(row, one.cpu())).copy())
+                    for row, one in zip(rows, states, strict=True)
+                ]
+            )
+            del states
+
+    def _own(self, row: Row, states: torch.Tensor) -> torch.Tensor:
+        """A row's own part of states (T, D) with padding."""
+        return states[-row.length :] if self._side == "left" else states[: row.length]
 
     def _described(self, device: torch.device, kind: str) -> dict[str, str]:
         from lowres.bridges.prefix_cache import digest_of
@@ -201,3 +201,27 @@ class PrefixStates:
                 rows.update(np.asarray(row.inputs[key], dtype=np.int64).data)
         found = digest_of(self._prefix, self._learner.tokenizer, device)
         return {**found, "rows": rows.hexdigest(), "padding": self._side, "kind": kind}
+
+
+def _integers(states: torch.Tensor) -> NDArray[Any]:
+    """The same bytes as integers of that width, which numpy has."""
+    found: NDArray[Any] = states.view(
+        {4: torch.int32, 2: torch.int16}[states.element_size()]
+    ).numpy()
+    return found
+
+
+def _trains(made: torch.Tensor) -> bool:
+    """Whether a parameter had a part in it that would get a gradient."""
+    # Not `requires_grad`: recomputing with PEFT makes the embeddings' output want one.
+    nodes: list[Any] = [made.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(getattr(node, "variable", None), torch.nn.Parameter):
+            return True
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False
