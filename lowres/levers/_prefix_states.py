@@ -71,6 +71,7 @@ class PrefixStates:
             self._stop_at_other_tokens(places, batch)
             # `clip` writes into `out` directly; no place is outside.
             np.take(self._table, places, axis=0, out=_integers(host), mode="clip")
+            files.let_go(self._table)
         return host.to(where.device)
 
     def _stop_at_other_tokens(self, places: NDArray[Any], batch: Batch) -> None:

@@ -163,6 +163,23 @@ def test_the_file_holds_what_the_blocks_hand_on(pair: Callable[..., Any], folder
         assert torch.allclose(there, ours, rtol=1e-5, atol=1e-6)
 
 
+def test_pages_that_were_read_are_no_resident_memory(tmp_path: Path) -> None:
+    """Behaviour: a table of 32 MiB is read twice over, and the process holds none of it."""
+    import numpy as np
+    import psutil
+
+    from lowres.levers import _prefix_file as files
+
+    states = np.arange(1 << 23, dtype=np.int32).reshape(1 << 13, 1 << 10)
+    files.write_table(tmp_path / "kept", 1 << 13, 1 << 10, "float32", {}, [(0, states)])
+    before = psutil.Process().memory_info().rss
+    table = files.open_table(tmp_path / "kept", 1 << 13, 1 << 10, "float32")
+    assert int(table[-1, -1]) == (1 << 23) - 1 and np.array_equal(table[17], states[17])
+    assert int(table.sum(dtype=np.int64)) == int(states.sum(dtype=np.int64))
+    files.let_go(table)
+    assert psutil.Process().memory_info().rss - before < 1 << 24
+
+
 def flip(path: Path) -> None:
     held = bytearray(path.read_bytes())
     held[-5] ^= 1
