@@ -16,8 +16,11 @@ import lowres
 from lowres.bridges import accelerate
 from lowres.bridges.peft import unwrap_adapted
 from lowres.core.errors import InputError, LowresError
+from lowres.memory import device as devices
 from lowres.run.build import build, engine_of, read
 from lowres.run.gradients import make_gradients, micro_batches
+from lowres.run.plan import plan
+from tests.planner.conftest import config_folder, planned_recipe  # noqa: F401
 
 LEVER = "frozen_prefix_cache"
 ALL = {"name": "prefix", "frozen": 2}
@@ -144,6 +147,23 @@ def test_a_run_is_planned_to_the_byte_and_its_file_is_found_again(
     assert len(list(folder.iterdir())) == 1
     told = [[e.text for e in r.events if e.kind == "lever"] for r in (without, first, second)]
     assert told[0] == [] and "written to" in told[1][0] and "read from" in told[2][0]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("frozen", [3, 6, 9])
+def test_a_plan_from_few_blocks_is_that_of_all(
+    kind: str,
+    frozen: int,
+    planned_recipe: Callable[..., Any],  # noqa: F811
+) -> None:
+    """Reference: the trace of all nine blocks. Those of the prefix are not at work in an update."""
+    one = planned_recipe(levers=[LEVER], freezing={"name": "prefix", "frozen": frozen},
+                         method="full", loop={"micro_batch_size": 2})  # fmt: skip
+    card = devices.load("cpu") if kind == "cpu" else devices.generic(8.0)
+    few, every = plan(one, card), plan(one, card, exact=True)
+    for phase in ("first_step", "steady_steps", "evaluate"):
+        assert few.phases[phase].live_bytes == every.phases[phase].live_bytes, phase
+    assert few.needed_bytes == every.needed_bytes
 
 
 def test_the_file_holds_what_the_blocks_hand_on(pair: Callable[..., Any], folder: Path) -> None:
