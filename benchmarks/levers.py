@@ -46,6 +46,7 @@ SMALL: dict[str, Any] = {
 }
 WHERE: dict[str, dict[str, Any]] = {
     "chunked_logits": {"loop": {"max_length": 256}, "fields": {"chunk": 64}},
+    "frozen_prefix_cache": {"freezing": {"name": "prefix", "frozen": 4}},
     "length_bucketing": UNEVEN,
     "optimizer_in_backward": FULL | SMALL,
     "optimizer_offload": FULL,

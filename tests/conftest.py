@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("LOWRES_DATA", str(ROOT.parent / "shared" / "data"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What tests keep for later runs is theirs alone.
+os.environ["LOWRES_CACHE"] = tempfile.mkdtemp(prefix="lowres-tests-")
+atexit.register(shutil.rmtree, os.environ["LOWRES_CACHE"], ignore_errors=True)
 # Threads that spin while they wait make two processes on two cores many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

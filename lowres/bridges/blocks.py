@@ -118,3 +118,36 @@ def checkpoint_blocks(model: nn.Module, every: int = 1) -> None:
         raise InputError("the recipe", [f"lever 'gradient_checkpointing': {text}"])
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number % every == 0
+
+
+def set_dropout(config: Any, share: float | None) -> None:
+    """Put one share in place of every share of dropout in a configuration; 0 keeps all blocks, too.
+
+    Raises:
+        InputError: When there is none to be raised.
+    """
+    if share is None:
+        return
+    found = False
+    for one in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in list(vars(one).items()):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if "dropout" in key or "pdrop" in key:
+                setattr(one, key, share)
+                found = True
+            elif "layerdrop" in key and share == 0:
+                setattr(one, key, share)
+    if share and not found:
+        text = f"{share} has no place in the model's configuration; leave it out"
+        raise InputError("the recipe", [Problem("model.dropout", text)])
+
+
+def drops_out(module: Any) -> bool:
+    """Whether a module is dropout, or has a share of it (or of left-out blocks) as an attribute."""
+    if "dropout" in type(module).__name__.lower():
+        return float(module.p) > 0
+    return any(
+        ("dropout" in name or "layerdrop" in name) and isinstance(value, float) and value > 0
+        for name, value in vars(module).items()
+    )

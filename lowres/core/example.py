@@ -54,12 +54,15 @@ class Row:
         labels: What the loss compares with: T ids with IGNORED where nothing is asked (causal), the
             ids of the target (sequence to sequence), or a single class.
         truncated: Tokens cut off so that it fits into `max_length`.
+        start: Tokens of the training rows before it, in the data set's order; None of a row that is
+            none of them.
     """
 
     id: str
     inputs: dict[str, Sequence[int]]
     labels: Sequence[int]
     truncated: int = 0
+    start: int | None = None
 
     @property
     def length(self) -> int:

@@ -79,6 +79,7 @@ class Learner:
         kind: decoder, encoder or encoder_decoder.
         head: What its output is.
         blocks: The map of its parameters.
+        remarks: What levers did that a reader of the record should know; the session says it.
     """
 
     module: nn.Module
@@ -87,6 +88,7 @@ class Learner:
     kind: Kind
     head: Head
     blocks: Blocks
+    remarks: list[str] = field(default_factory=list)
 
     def logits(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Output scores: (B, T, V) of a language-model head, (B, C) of a classification head.

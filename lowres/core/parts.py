@@ -72,9 +72,7 @@ class Part:
         return type(self).__module__.rpartition(".")[2]
 
     def check(self, recipe: Recipe) -> Iterator[str]:
-        """What in the recipe this part cannot work with: the value, the reason,
-        the nearest choice.
-        """
+        """What in the recipe it cannot work with: the value, the reason, the nearest choice."""
         return iter(())
 
 
@@ -141,8 +139,7 @@ class Method(Part):
     fewer bits, and not only what it adds beside them."""
 
     def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
-        """Mark or add the trained parameters, within `blocks`;
-        the returned module replaces `model`.
+        """Mark or add the trained parameters, within `blocks`; what is returned replaces `model`.
 
         Raises InputError when the model has nothing that this method could train.
         """
@@ -244,8 +241,8 @@ class Lever(Part):
     tolerance: ClassVar[float] = 0.0
     """Of a lossy lever: distance of the gradients from those without it, relative to these, up to
     which it is rounding and no mistake; before training, all trained parameters as one vector."""
-    sample_loop: ClassVar[Mapping[str, Any]] = {}
-    """Values of the loop that it needs, for the contract tests."""
+    sample_recipe: ClassVar[Mapping[str, Any]] = {}
+    """Sections of a recipe, or some of the loop's values, that it needs, for the contract tests."""
     whole_process: ClassVar[bool] = False
     """Whether it changes the process for good, so that the next run wants another one."""
 
@@ -262,6 +259,9 @@ class Lever(Part):
 
     def on_learner(self, learner: Learner) -> Learner:
         return learner
+
+    def on_rows(self, recipe: Recipe, learner: Learner, rows: Sequence[Row]) -> None:
+        """Told the training rows, in the data set's order, after `on_learner` of all levers."""
 
     def on_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         return optimizer

@@ -1,4 +1,4 @@
-"""Where data files are looked for."""
+"""Where data files are looked for, and where caches lie."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ DEFAULT_DATA = "../shared/data"
 
 def data_folder() -> Path:
     return Path(os.environ.get("LOWRES_DATA", DEFAULT_DATA))
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `LOWRES_CACHE`, else in the user's cache folder."""
+    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("LOWRES_CACHE") or Path(users, "lowres")).expanduser()
 
 
 def find(name: str) -> Path | None:

@@ -44,6 +44,7 @@ class Model:
         attention: Attention implementation of transformers.
         pad_token: A token of the vocabulary to pad with, for tokenizers that name none.
         init: `random` builds the architecture with fresh weights (pretraining).
+        dropout: In place of each share of dropout in the checkpoint's configuration.
         trust_remote_code: Run code that comes with the checkpoint. Off unless asked for here.
     """
 
@@ -53,6 +54,7 @@ class Model:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     pad_token: str | None = None
     init: Literal["pretrained", "random"] = "pretrained"
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     trust_remote_code: bool = False
 
 

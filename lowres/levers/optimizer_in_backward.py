@@ -29,7 +29,9 @@ class OptimizerInBackward(Lever):
 
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     waives: ClassVar[frozenset[Guard]] = frozenset({"gradients"})
-    sample_loop: ClassVar[Mapping[str, Any]] = {"micro_batch_size": 8, "max_grad_norm": None}
+    sample_recipe: ClassVar[Mapping[str, Any]] = {
+        "loop": {"micro_batch_size": 8, "max_grad_norm": None}
+    }
 
     def check(self, recipe: Recipe) -> Iterator[str]:
         from lowres.core import in_backward

@@ -42,15 +42,15 @@ class TiledMlp(Lever):
     tiles: PositiveInt = 4
 
     def on_learner(self, learner: Learner) -> Learner:
-        from lowres.bridges import peft
+        from lowres.bridges import blocks, peft
 
         model = peft.unwrap_adapted(learner.base)
         for name in learner.blocks.names:
             owner, method, inside = self._feed_forward(model.get_submodule(name), name)
-            if any(_drops_out(module) for part in inside for module in part.modules()):
+            if any(blocks.drops_out(module) for part in inside for module in part.modules()):
                 self._refuse(f"there is dropout inside of the feed-forward part of {name}, whose "
-                             "masks would be others in each tile; set it to 0 (in the method or "
-                             "the model's configuration)")  # fmt: skip
+                             "masks would be others in each tile; set it to 0 (in the method, or "
+                             "model.dropout)")  # fmt: skip
             setattr(owner, method, tiled(getattr(owner, method), self.tiles))
         return learner
 
@@ -116,11 +116,3 @@ def _widths(module: nn.Module) -> Iterator[tuple[int, int]]:
             if hasattr(child, given) and hasattr(child, made):
                 yield getattr(child, given), getattr(child, made)
                 break
-
-
-def _drops_out(module: Any) -> bool:
-    """Whether a module is dropout, or has a share of it as an attribute."""
-    if "dropout" in type(module).__name__.lower():
-        return float(module.p) > 0
-    told = vars(module).items()
-    return any("dropout" in name and isinstance(v, float) and v > 0 for name, v in told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lowres.bridges import rehearsal, transformers
+from lowres.bridges import blocks, rehearsal, transformers
 from lowres.core.errors import InputError
 from lowres.core.example import Example
 from lowres.core.learner import Encoder
@@ -52,6 +52,7 @@ def assumed_inputs(recipe: Recipe, config: Any = None) -> Inputs:
     if config is None:
         wanted = recipe.model
         config = config_of(wanted.checkpoint, wanted.revision, wanted.trust_remote_code)
+    blocks.set_dropout(config, recipe.model.dropout)
     kind = transformers.kind_of(config)
     words = tuple(getattr(recipe.objective, "words", None) or recipe.task.label_words)
     vocabulary = config.get_text_config().vocab_size
@@ -86,6 +87,7 @@ def _rows(recipe: Recipe, encoder: Encoder) -> data.Data:
     example = _example(recipe)
     size = loop.eval_batch_size or loop.micro_batch_size
     train = recipe.objective.rows(task, [example], encoder, "train")[:1]
+    data.number(train)
     scored = recipe.objective.rows(task, [example], encoder, "predict")[:1]
     return data.Data(
         train=train * loop.global_batch_size,

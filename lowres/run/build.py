@@ -102,11 +102,12 @@ def _all(*steps: Callable[[], Any]) -> list[Any]:
 
 
 def _read_model(recipe: Recipe) -> tuple[Any, Kind, Any]:
-    from lowres.bridges import transformers
+    from lowres.bridges import blocks, transformers
 
     wanted = recipe.model
     source = (wanted.checkpoint, wanted.revision, wanted.trust_remote_code)
     config = transformers.load_config(*source)
+    blocks.set_dropout(config, wanted.dropout)
     kind = transformers.kind_of(config)
     tokenizer, _ = _all(
         lambda: transformers.load_tokenizer(*source, wanted.pad_token),
@@ -207,6 +208,8 @@ def assemble(
     if adapted is not None:
         adapted(learner)
     learner = fold(learner, recipe.levers, "on_learner")
+    for lever in recipe.levers:
+        lever.on_rows(recipe, learner, inputs.data.train)
 
     trained = [(n, p) for n, p in learner.base.named_parameters() if p.requires_grad]
     if not trained:

@@ -156,9 +156,12 @@ def raw(one: Combination, model: str, folder: Path) -> dict[str, Any]:
     """Keys of the recipe that a combination is tried with: two updates of one micro-batch."""
     method: Any = registry.load("method", one.method)
     levers: list[dict[str, Any]] = []
+    needed: dict[str, Any] = {}
     for name in one.levers:
         lever: Any = registry.load("lever", name)
         levers.append({"name": name, **lever.sample_fields})
+        # The loop below is what all of them can work with.
+        needed |= {key: told for key, told in lever.sample_recipe.items() if key != "loop"}
     if model == "biased":
         from lowres.run.compatibility_cell import biased
 
@@ -174,6 +177,7 @@ def raw(one: Combination, model: str, folder: Path) -> dict[str, Any]:
             "steps": 2, "micro_batch_size": 2, "global_batch_size": 2, "max_length": 32,
             "save_every": 1, "keep_checkpoints": 2, "max_grad_norm": None,
         },
+        **needed,
     }  # fmt: skip
 
 

@@ -99,6 +99,7 @@ def encode(recipe: Recipe, splits: Splits, encoder: Encoder, vocabulary: int) ->
             data.reports.append(_report(split, encoded, 0))
         data.evaluation[split] = (examples, encoded)
     _stop_at_empty_rows(data)
+    number(data.train)
     _remark(data, encoder)
     _stop_outside_vocabulary(data, vocabulary)
     return data
@@ -149,6 +150,14 @@ def _keep_trainable(data: Data, split: str, rows: list[Row]) -> list[Row]:
     kept = [row for row in rows if any(label != IGNORED for label in row.labels)]
     data.reports.append(_report(split, kept, len(rows) - len(kept)))
     return kept
+
+
+def number(rows: Sequence[Row]) -> None:
+    """Tell training rows where they start."""
+    start = 0
+    for row in rows:
+        row.start = start
+        start += row.length
 
 
 def _report(split: str, rows: Sequence[Row], dropped: int) -> DataReport:

@@ -121,6 +121,8 @@ class TrainingSession:
             factor = schedule.factor(recipe.loop.schedule, step, self.total, self._warmup)
             self.engine.begin(factor)
             loss_sum, targets, tokens = self._gradients(step, rows)
+            while self.learner.remarks:
+                self.event("lever", self.learner.remarks.pop(0))
             loss = loss_sum / targets
             if loss != loss or abs(loss) == float("inf"):
                 raise errors.Diverged(

@@ -121,16 +121,19 @@ def test_an_exact_lever_changes_no_update(
     stage: Callable[..., dict[str, Any]],
 ) -> None:  # fmt: skip
     """Reference: the same recipe without the lever; equal to float32 rounding."""
-    changes = {"method": sample_part("method", method), "optimizer": SMOOTH}
-    loop = loop_for(lever)
+    changes = {"method": sample_part("method", method), "optimizer": SMOOTH, **needs_of(lever)}
     changes |= stage(kind, [sample_part("lever", lever)])
-    make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, loop=loop, **changes))
+    make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, **changes))
     compare(make([]), make([sample_part("lever", lever)]))
 
 
-def loop_for(*levers: str) -> dict[str, Any]:
-    """What the levers say that they need of the loop."""
-    return {k: v for n in levers for k, v in registry.load("lever", n).sample_loop.items()}
+def needs_of(*levers: str) -> dict[str, Any]:
+    """What the levers say that they need of the recipe."""
+    needs: dict[str, Any] = {"loop": {}}
+    for name in levers:
+        told = registry.load("lever", name).sample_recipe
+        needs |= {**told, "loop": needs["loop"] | told.get("loop", {})}
+    return needs
 
 
 def refused_or(make: Callable[[], Any]) -> Any:
@@ -207,9 +210,8 @@ def test_an_exact_lever_is_exact_beside_a_lossy_one(
 ) -> None:  # fmt: skip
     """Reference: the lossy one alone; equal to float32 rounding."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
-    loop = loop_for(lossy, exact)
-    changes |= stage(kind, [sample_part("lever", exact)])
-    make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, loop=loop, **changes))
+    changes |= needs_of(lossy, exact) | stage(kind, [sample_part("lever", exact)])
+    make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, **changes))
     first = sample_part("lever", lossy)
     compare(make([first]), make([first, sample_part("lever", exact)]))
 
@@ -221,9 +223,10 @@ def test_every_ordered_pair_of_exact_levers_is_exact(
     """Reference: the recipe without either; equal to float32 rounding. On the first kind of model
     that both accept."""
     changes = {"method": sample_part("method", "lora"), "optimizer": SMOOTH}
-    loop, pair = loop_for(first, second), [sample_part("lever", n) for n in (first, second)]
+    changes |= needs_of(first, second)
+    pair = [sample_part("lever", n) for n in (first, second)]
     make = lambda kind, levers: refused_or(
-        lambda: recipe(kind, levers=levers, loop=loop, **changes | stage(kind, pair))
+        lambda: recipe(kind, levers=levers, **changes | stage(kind, pair))
     )
     for kind in KINDS:
         try:
