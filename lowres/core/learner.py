@@ -88,6 +88,8 @@ class Learner:
     head: Head
     blocks: Blocks
 
+    only_targets = False  # Whether `token_logprobs` makes logits of positions with a target alone.
+
     def logits(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Output scores: (B, T, V) of a language-model head, (B, C) of a classification head.
 

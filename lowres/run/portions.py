@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lowres.core.batching import batching_of
 from lowres.core.example import Batch, Row, real_tokens
 from lowres.core.recipe import Recipe
 from lowres.run.data import Data, Order, updates_of
+
+if TYPE_CHECKING:
+    from lowres.core.parts import Objective
 
 USUAL_UPDATES = 32
 """Updates over which the usual padding is averaged."""
@@ -19,19 +23,26 @@ def rows_of(recipe: Recipe, data: Data, step: int) -> list[Row]:
     return [data.train[i] for i in order.rows(min(step, updates - 1))]
 
 
-def telling(batches: Sequence[Batch]) -> set[int]:
+def telling(batches: Sequence[Batch], objective: Objective | None = None) -> set[int]:
     """The first micro-batch, which meets no gradients, and the largest of those that do.
 
-    Where that has no padding, the largest one with padding, too: only that needs a mask, which may
-    take more than the tokens that it lacks.
+    Largest are those that no other one matches in tokens, in having padding, which needs a mask,
+    and in targets: any of the three may decide.
+
+    Args:
+        objective: Counts the targets, where logits are made for them alone.
     """
+    sizes = [(elements(b), _padded(b), objective.targets(b) if objective else 0) for b in batches]
     rest = range(1, len(batches))
-    largest = max(rest, key=lambda i: (elements(batches[i]), _padded(batches[i])), default=0)
-    padded = [i for i in rest if _padded(batches[i])]
-    if largest not in padded:
-        largest_padded = max(padded, key=lambda i: elements(batches[i]), default=0)
-        return {0, largest, largest_padded}
-    return {0, largest}
+
+    def matched(one: int) -> bool:
+        return any(
+            all(x >= y for x, y in zip(sizes[other], sizes[one], strict=True))
+            and (sizes[other] != sizes[one] or other < one)
+            for other in rest
+        )
+
+    return {0, *(i for i in rest if not matched(i))}
 
 
 def _padded(batch: Batch) -> bool:

@@ -238,7 +238,7 @@ class _Stage:
             recipe.method.before_update(learner.base, step)
             with self.target.on_host(tracer):
                 batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
-            only = portions.telling(batches)
+            only = portions.telling(batches, recipe.objective if learner.only_targets else None)
             engine.begin(1.0)
             quick = self.quick and engine.keeps_gradients
             if quick and (step == 0 or self.states_only):
