@@ -90,6 +90,8 @@ class Learner:
     blocks: Blocks
     remarks: list[str] = field(default_factory=list)
 
+    only_targets = False  # Whether `token_logprobs` makes logits of positions with a target alone.
+
     def logits(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Output scores: (B, T, V) of a language-model head, (B, C) of a classification head.
 

@@ -63,6 +63,8 @@ class ChunkedLearner(Learner):
 
     chunk: int = 1024
 
+    only_targets = True
+
     def logits(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         if positions is None or "logits_to_keep" in forward_arguments(self.base):
             return super().logits(batch, positions)

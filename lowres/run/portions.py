@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowres.core.batching import batching_of
 from lowres.core.example import Batch, Row, real_tokens
 from lowres.core.recipe import Recipe
 from lowres.core.rotation import Rotating
 from lowres.run.data import Data, Order, updates_of
+
+if TYPE_CHECKING:
+    from lowres.core.parts import Objective
 
 USUAL_UPDATES = 32
 """Updates over which the usual padding is averaged."""
@@ -52,22 +55,30 @@ def rows_of(recipe: Recipe, data: Data, step: int) -> list[Row]:
     return [data.train[i] for i in order.rows(min(step, updates - 1))]
 
 
-def telling(batches: Sequence[Batch], last_differs: bool = False) -> set[int]:
-    """The first micro-batch, which meets no gradients, and the largest of those that do; the last
-    where the engine treats it otherwise.
+def telling(
+    batches: Sequence[Batch], objective: Objective | None = None, last_differs: bool = False
+) -> set[int]:
+    """The first micro-batch, which meets no gradients, and the largest of those that do.
 
-    Where the largest has no padding, the largest one with padding, too: only that needs a mask,
-    which may take more than the tokens that it lacks.
+    Largest are those that no other one matches in tokens, in having padding, which needs a mask,
+    and in targets: any of the three may decide.
+
+    Args:
+        objective: Counts the targets, where logits are made for them alone.
+        last_differs: The engine treats the last micro-batch otherwise.
     """
+    sizes = [(elements(b), _padded(b), objective.targets(b) if objective else 0) for b in batches]
     rest = range(1, len(batches))
-    largest = max(rest, key=lambda i: (elements(batches[i]), _padded(batches[i])), default=0)
-    chosen = {0, largest}
-    if last_differs:
-        chosen.add(len(batches) - 1)
-    padded = [i for i in rest if _padded(batches[i])]
-    if largest not in padded:
-        chosen.add(max(padded, key=lambda i: elements(batches[i]), default=0))
-    return chosen
+
+    def matched(one: int) -> bool:
+        return any(
+            all(x >= y for x, y in zip(sizes[other], sizes[one], strict=True))
+            and (sizes[other] != sizes[one] or other < one)
+            for other in rest
+        )
+
+    last = {len(batches) - 1} if last_differs else set()
+    return {0, *last, *(i for i in rest if not matched(i))}
 
 
 def _padded(batch: Batch) -> bool:

@@ -262,7 +262,9 @@ class _Stage:
             recipe.method.before_update(learner.base, step)
             with self.target.on_host(tracer):
                 batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
-            only = portions.telling(batches, getattr(engine, "last_differs", False))
+            counts = recipe.objective if learner.only_targets else None
+            differs = getattr(engine, "last_differs", False)
+            only = portions.telling(batches, counts, differs)
             engine.begin(1.0)
             quick = self.quick and engine.keeps_gradients
             if quick and (not last or self.states_only):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,8 +30,19 @@ def test_the_first_the_largest_and_where_that_has_no_padding_the_largest_with_so
     assert portions.telling([batch(4, 4), batch(4, 4), batch(4, 3)]) == {0, 2}
     assert portions.telling([batch(4, 4), batch(6, 6), batch(3, 2), batch(5, 1)]) == {0, 1, 3}
     assert portions.telling([batch(4, 3), batch(6, 6), batch(5, 5)]) == {0, 1}
+    assert portions.telling([batch(4, 4), batch(6, 6), batch(6, 5), batch(6, 4)]) == {0, 2}
     packed = {"input_ids": torch.zeros(1, 9), "labels": torch.zeros(1, 9)}
     assert portions.telling([packed, packed]) == {0, 1}
+
+
+def test_targets_decide_where_logits_are_made_for_them_alone() -> None:
+    """Against a hand-made update: fewer tokens, and more of them asked for."""
+    objective: Any = SimpleNamespace(targets=lambda b: int((b["labels"] == 1).sum()))
+    few, many = batch(6, 6), batch(5, 5)
+    few["labels"][:, 1:] = 0
+    assert portions.telling([many, few, many]) == {0, 1}
+    assert portions.telling([many, few, many], objective) == {0, 1, 2}
+    assert portions.telling([many, many, few, batch(6, 6)], objective) == {0, 3}
 
 
 def test_a_micro_batch_with_padding_among_full_ones_is_planned(
