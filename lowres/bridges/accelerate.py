@@ -172,6 +172,10 @@ def save_state(accelerator: Any, folder: Path) -> None:
 
 def load_state(accelerator: Any, folder: Path) -> None:
     """Read it back."""
+    from lowres.bridges import deepspeed
+
+    if uses_deepspeed(accelerator):
+        deepspeed.stop_at_disk(accelerator.state.deepspeed_plugin, folder)
     frozen = {"load_module_strict": False} if uses_deepspeed(accelerator) else {}
     accelerator.load_state(str(folder), **frozen)
 

@@ -37,6 +37,16 @@ def problem() -> str | None:
     return None
 
 
+def stop_at_disk(plugin_: Any, folder: Path) -> None:
+    """Raise InputError where weights or states lie on nvme: DeepSpeed 0.19 brings the states back
+    and leaves the weights as they were loaded."""
+    zero = plugin_.deepspeed_config["zero_optimization"]
+    places = [zero.get(key, {}).get("device") for key in ("offload_optimizer", "offload_param")]
+    if "nvme" in places:
+        text = "DeepSpeed cannot resume from it what lies on nvme; begin anew, or offload to cpu"
+        raise InputError(f"'{folder}'", [text])
+
+
 def nvme_problem() -> str | None:
     """Why states cannot be kept on a disk here; None when they can."""
     if shutil.which("ninja") is None or shutil.which("g++") is None:

@@ -67,6 +67,11 @@ class Zero(Lever):
                 yield "nvme wants a folder; set nvme_path"
             elif missing is not None:
                 yield f"offloading to nvme: {missing}"
+            if recipe.loop.save_every is not None:
+                yield (
+                    "DeepSpeed's checkpoints of what lies on nvme do not bring the weights back, "
+                    "so a run could not be resumed; set loop.save_every to null, or offload to cpu"
+                )
         if self.stage == 3 and any(lever.name.endswith("_weights") for lever in recipe.levers):
             yield (
                 "stage 3 divides weights that it can read, and not packed ones; use stage 2, or "
