@@ -38,7 +38,7 @@ class ChunkedLogits(Lever):
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     searched: ClassVar[int | None] = 1
 
-    chunk: PositiveInt = 1024
+    chunk: PositiveInt = 256
 
     def check(self, recipe: Recipe) -> Iterator[str]:
         if set(recipe.objective.heads.values()) == {"classification"}:
@@ -61,7 +61,7 @@ class ChunkedLogits(Lever):
 class ChunkedLearner(Learner):
     """A learner of a language model that makes logits only where and when they are asked for."""
 
-    chunk: int = 1024
+    chunk: int = 256
 
     only_targets = True
 
