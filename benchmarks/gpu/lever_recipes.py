@@ -132,7 +132,7 @@ def _files(scale: Scale) -> Iterator[Case]:
         if scale.tiny:
             raw["loop"] |= {"micro_batch_size": 2, "global_batch_size": 2, "max_length": 32}
             raw["objective"]["max_new_tokens"] = 4
-            if "freezing" in raw:
+            if "frozen" in raw.get("freezing", {}):
                 raw["freezing"]["frozen"] = TINY.blocks - 1
             del raw["budget"]
         longest = scale.shape(scale.large).longest
@@ -148,7 +148,8 @@ def _parity(scale: Scale) -> Iterator[Case]:
     for name in registry.names("lever"):
         if registry.load("lever", name).effect == "exact":
             fields = {"levers": [_part("lever", name)], "optimizer": smooth, "steps": 2,
-                      "length": 256, "rows": 4, "precision": "no"}  # fmt: skip
+                      "length": 256, "rows": 4, "precision": "no",
+                      "needed": _needed(registry.load("lever", name))}  # fmt: skip
             ways = [dataclasses.replace(w, wide=True) for w in (*LORA_WAYS, *FULL_WAYS)]
             yield from _first(scale, scale.small, "parity", name, ways, fields, varied=True)
 
@@ -186,7 +187,7 @@ def _alone(scale: Scale) -> Iterator[Case]:
             lever = registry.load("lever", name)
             varied = lever.on_batching is not Lever.on_batching
             for ways in (LORA_WAYS, FULL_WAYS) if model != LARGE else (LORA_WAYS[:2],):
-                told = fields | {"levers": [_part("lever", name)]}
+                told = fields | {"levers": [_part("lever", name)], "needed": _needed(lever)}
                 if varied:
                     told |= {"rows": 4}
                 yield from _first(scale, model, "alone", name, ways, told, varied=varied)
@@ -254,7 +255,12 @@ def _keys(scale: Scale, model: str, way: Way, fields: Part) -> Part:
     raw["loop"]["steps"] = fields.get("steps", STEPS)
     # A norm over all gradients excludes levers; without several micro-batches nothing needs one.
     raw["loop"]["max_grad_norm"] = None
-    return raw
+    return raw | copy.deepcopy(fields.get("needed", {}))
+
+
+def _needed(lever: Any) -> Part:
+    """Sections of a recipe that a lever needs, for the plain one too."""
+    return {key: told for key, told in lever.sample_recipe.items() if key != "loop"}
 
 
 def _part(family: str, name: str) -> Part:

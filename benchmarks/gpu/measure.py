@@ -96,6 +96,7 @@ class Measuring:
             built = built or build.assemble(recipe, inputs)
             module, optimizer = accelerator.prepare(built.model, built.optimizer)
         learner = dataclasses.replace(built.learner, module=module)
+        self.rotation = built.rotation
         engine = build.engine_of(recipe, accelerator, learner, optimizer)
         counted = list(learner.base.parameters())
         trained = sum(p.numel() for p in counted if p.requires_grad)
@@ -155,7 +156,7 @@ class Measuring:
     def _update(self, learner: Any, engine: Any, accelerator: Any, step: int) -> float:
         """One update as a session makes it; returns its tokens."""
         recipe = self.recipe
-        recipe.freezing.before_update(learner.base, step)
+        self.rotation.turn(engine.optimizer, step)
         recipe.method.before_update(learner.base, step)
         rows = portions.rows_of(recipe, self.inputs.data, step)
         engine.begin(1.0)

@@ -90,11 +90,16 @@ def answers(folder: Path) -> dict[str, Any]:
 def accepted(
     model: str, method: dict[str, Any], levers: list[dict[str, Any]], **changes: Any
 ) -> dict[str, Any]:
-    """The usual recipe; where that is refused, one without accumulation and clipping."""
+    """The usual recipe; where that is refused, one without accumulation and clipping, or with what
+    the levers need."""
     usual = _recipe(model, method, levers, **changes)
     loop = usual["loop"]
     loop = loop | {"micro_batch_size": loop["global_batch_size"], "max_grad_norm": None}
-    for raw in (usual, usual | {"loop": loop}):
+    needed: dict[str, Any] = {}
+    for lever in levers:
+        needed |= registry.load("lever", lever["name"]).sample_recipe
+    needed = {key: told for key, told in needed.items() if key != "loop"}
+    for raw in (usual, usual | {"loop": loop}, usual | needed, usual | needed | {"loop": loop}):
         try:
             load_recipe(raw)
         except InputError:
