@@ -40,15 +40,19 @@ def make(recipe: Recipe) -> Any:
         # accelerate keeps the first Accelerator's precision for the whole Python process; a second
         # run in it may want another.
         AcceleratorState._reset_state(reset_partial_state=True)
+    options = fold({"mixed_precision": loop.precision}, recipe.levers, "on_accelerator")
+    divides = options.get("deepspeed_plugin") is not None
     try:
-        options = fold({"mixed_precision": loop.precision}, recipe.levers, "on_accelerator")
         made = Accelerator(**options)
-        if options.get("deepspeed_plugin") is not None:
+        if divides:
             deepspeed.complete(
                 made.deepspeed_plugin, loop.micro_batch_size, made.num_processes, loop.max_grad_norm
             )
         return made
     except (ValueError, RuntimeError) as error:
+        if divides:
+            text = f"DeepSpeed does not start with these settings: {error}"
+            raise InputError("the recipe", [Problem("levers.zero", text)]) from error
         if loop.precision == "no":
             raise
         raise InputError(
@@ -172,10 +176,10 @@ def save_state(accelerator: Any, folder: Path) -> None:
 
 def load_state(accelerator: Any, folder: Path) -> None:
     """Read it back."""
-    from lowres.bridges import deepspeed
+    from lowres.bridges import deepspeed_disk
 
     if uses_deepspeed(accelerator):
-        deepspeed.stop_at_disk(accelerator.state.deepspeed_plugin, folder)
+        deepspeed_disk.stop_at_disk(accelerator.state.deepspeed_plugin, folder)
     frozen = {"load_module_strict": False} if uses_deepspeed(accelerator) else {}
     accelerator.load_state(str(folder), **frozen)
 

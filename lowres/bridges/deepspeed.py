@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,27 +33,6 @@ def problem() -> str | None:
     """Why DeepSpeed cannot be used here, with what would mend it; None when it can."""
     if importlib.util.find_spec("deepspeed") is None:
         return "DeepSpeed is not installed; DS_BUILD_OPS=0 pip install deepspeed"
-    return None
-
-
-def stop_at_disk(plugin_: Any, folder: Path) -> None:
-    """Raise InputError where weights or states lie on nvme: DeepSpeed 0.19 brings the states back
-    and leaves the weights as they were loaded."""
-    zero = plugin_.deepspeed_config["zero_optimization"]
-    places = [zero.get(key, {}).get("device") for key in ("offload_optimizer", "offload_param")]
-    if "nvme" in places:
-        text = "DeepSpeed cannot resume from it what lies on nvme; begin anew, or offload to cpu"
-        raise InputError(f"'{folder}'", [text])
-
-
-def nvme_problem() -> str | None:
-    """Why states cannot be kept on a disk here; None when they can."""
-    if shutil.which("ninja") is None or shutil.which("g++") is None:
-        return "DeepSpeed builds its asynchronous reader with ninja and g++; install both"
-    import ctypes.util
-
-    if ctypes.util.find_library("aio") is None:
-        return "libaio is not there; apt-get install libaio-dev"
     return None
 
 
@@ -102,11 +80,23 @@ def complete(
     # transformers would divide weights while it loads them, before methods and freezing have seen
     # them; DeepSpeed divides them when it takes the model over.
     unset_hf_deepspeed_config()
+    if plugin_ is None:
+        raise ValueError(
+            "it was launched without DeepSpeed; launch with --config_file "
+            "recipes/accelerate/zero2-cpu-offload.yaml, or without a launcher"
+        )
     settings = plugin_.deepspeed_config
+    clipping = max_grad_norm or 0.0
+    for key, said, ours in (
+        ("gradient_clipping", clipping, "loop.max_grad_norm"),
+        ("train_micro_batch_size_per_gpu", micro_batch_size, "loop.micro_batch_size"),
+    ):
+        if settings.get(key, "auto") not in ("auto", said):
+            raise ValueError(f"its JSON says {key} {settings[key]}, and {ours} is {said}; say auto")
     settings["train_micro_batch_size_per_gpu"] = micro_batch_size
     settings["gradient_accumulation_steps"] = 1
     settings["train_batch_size"] = micro_batch_size * processes
-    settings["gradient_clipping"] = max_grad_norm or 0.0
+    settings["gradient_clipping"] = clipping
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False
 

@@ -61,6 +61,8 @@ class Streamed:
             return
         if self._at >= 0:
             self._direction = 1 if block > self._at else -1
+        # Until all is there nothing is: running out of memory meanwhile begins again.
+        self._at = -1
         wanted = self._neighbours(block)
         for other in [b for b in self._there if b not in wanted]:
             self._drop(other)

@@ -75,6 +75,10 @@ class Part:
         """What in the recipe it cannot work with: the value, the reason, the nearest choice."""
         return iter(())
 
+    def alone(self) -> str:
+        """Why one process only can do it, with what to do instead; nothing where several can."""
+        return ""
+
 
 @part
 class Task(Part):
@@ -212,9 +216,9 @@ class Optimizer(Part):
     family: ClassVar[str] = "optimizer"
     searched: ClassVar[bool] = False
     """Whether `lowres fit` weighs it."""
-    refuses: ClassVar[Mapping[Literal["in_backward", "on_host"], str]] = {}
+    refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {}
     """Why its update cannot be made for each parameter by itself in the backward pass, or not in
-    host memory, with what to do instead; nothing where it can."""
+    host memory, nor on flat parts of them; with what to do instead; nothing where it can."""
 
     def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """The optimizer over the trained parameters, given with their names."""

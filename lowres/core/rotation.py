@@ -24,6 +24,12 @@ class Rotating(Freezing):
 
     period: Annotated[int, Field(ge=1)]
 
+    def alone(self) -> str:
+        return (
+            "changes what is trained, and several processes agree once on what they exchange; use "
+            "freezing 'prefix'"
+        )
+
     def active(self, names: Sequence[str], turn: int) -> frozenset[str]:
         """Which of the blocks train in period `turn`; a function of the two alone."""
         raise NotImplementedError

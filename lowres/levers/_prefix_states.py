@@ -54,7 +54,7 @@ class PrefixStates:
         self._disk_gib, self._folder = disk_gib, folder
         self._ids_N = np.concatenate([np.asarray(row.inputs["input_ids"]) for row in rows])
         self._pad_id = int(learner.tokenizer.pad_token_id)
-        self._width = 0
+        self._width, self._ready = 0, False
         self._dtype: torch.dtype | None = None
         self._table: NDArray[Any] | None = None
 
@@ -62,8 +62,10 @@ class PrefixStates:
         """States (B, T, D) of the tokens at these places (B, T); arbitrary ones where there is
         padding, which nothing looks at."""
         self._prefix.stop_if_trained()
-        if self._dtype is None:
+        if not self._ready:
             self._begin(where.device, where.numel())
+            # Not before: running out of memory meanwhile begins again.
+            self._ready = True
         shape = (*where.shape, self._width)
         host = torch.empty(shape, dtype=self._dtype)
         if self._table is not None:

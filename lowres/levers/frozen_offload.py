@@ -61,6 +61,9 @@ class FrozenOffload(Lever):
                 "the device; use 'nf4_weights'"
             )
 
+    def alone(self) -> str:
+        return "moves weights that several processes would want on one kind of device; drop it"
+
     def on_load(self, request: LoadRequest) -> LoadRequest:
         # Weights in few bits would else be made on the device, all of them.
         return dataclasses.replace(request, options=request.options | {"device_map": {"": "cpu"}})

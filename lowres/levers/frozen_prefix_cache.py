@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lowres.core.parts import Lever, part
+from lowres.core.rotation import Rotating
 
 if TYPE_CHECKING:
     from lowres.core.batching import Batching
@@ -48,12 +49,11 @@ class FrozenPrefixCache(Lever):
                 "without freezing the lowest block is trained, and its outputs change; freeze from "
                 "the input (freezing: {name: prefix, frozen: N}), or drop the lever"
             )
-        for one in (recipe.freezing, recipe.method):
-            if "frozen" in one.waives:
-                yield (
-                    f"{one.family} '{one.name}' changes while it runs what is frozen; use freezing "
-                    "'prefix', or drop the lever"
-                )
+        if isinstance(recipe.freezing, Rotating):
+            yield (
+                f"freezing '{recipe.freezing.name}' changes while it runs what is frozen; use "
+                "freezing 'prefix', or drop the lever"
+            )
         for lever in recipe.levers:
             if lever.whole_process:
                 yield (

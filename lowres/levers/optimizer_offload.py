@@ -49,6 +49,12 @@ class OptimizerOffload(Lever):
                 "set float32_master to false, or model.dtype to bfloat16"
             )
 
+    def alone(self) -> str:
+        return (
+            "puts parameters into other memory for their update, after which gradients would no "
+            "longer be exchanged; use 'zero', which divides states"
+        )
+
     def on_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         from lowres.levers._host_optimizer import HostOptimizer
 

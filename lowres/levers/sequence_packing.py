@@ -61,6 +61,11 @@ class SequencePacking(Lever):
                 f"model.trust_remote_code to false, {NEAREST}"
             )
 
+    def alone(self) -> str:
+        if self.max_tokens is None:
+            return ""
+        return "would cut other numbers of micro-batches for each; set max_tokens to null"
+
     def on_load(self, request: LoadRequest) -> LoadRequest:
         if request.head != "causal":
             raise _refusal("it needs a decoder, whose tokens see those before them in their row")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lowres.core.errors import InputError, LowresError
 from lowres.core.parts import Lever, PositiveInt, part
 from lowres.core.rotation import Rotating
 
@@ -54,16 +55,23 @@ class Zero(Lever):
     config: str | None = None
 
     def check(self, recipe: Recipe) -> Iterator[str]:
-        from lowres.bridges import deepspeed
+        from lowres.bridges import deepspeed, deepspeed_disk
 
         missing = deepspeed.problem()
         if missing is not None:
             yield missing
         yield from self._own_fields()
-        places = {self.offload_optimizer, self.offload_parameters}
-        if "nvme" in places:
-            missing = deepspeed.nvme_problem()
-            if self.nvme_path is None:
+        try:
+            # What the fields or the JSON say.
+            zero = self._settings()["zero_optimization"]
+        except InputError as error:
+            yield from (problem.text for problem in error.problems)
+            return
+        offloaded = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+        disk = [place for place in offloaded if place.get("device") == "nvme"]
+        if disk:
+            missing = deepspeed_disk.nvme_problem()
+            if any(place.get("nvme_path") is None for place in disk):
                 yield "nvme wants a folder; set nvme_path"
             elif missing is not None:
                 yield f"offloading to nvme: {missing}"
@@ -72,16 +80,16 @@ class Zero(Lever):
                     "DeepSpeed's checkpoints of what lies on nvme do not bring the weights back, "
                     "so a run could not be resumed; set loop.save_every to null, or offload to cpu"
                 )
-        if self.stage == 3 and any(lever.name.endswith("_weights") for lever in recipe.levers):
+        if zero.get("stage") == 3 and any(
+            lever.name.endswith("_weights") for lever in recipe.levers
+        ):
             yield (
-                "stage 3 divides weights that it can read, and not packed ones; use stage 2, or "
-                "drop the lever that packs them"
+                "stage 3 divides weights of one type that it can read; use stage 2, or drop the "
+                "lever that holds them in another form"
             )
-        if "8bit" in recipe.optimizer.name:
-            yield (
-                f"'{recipe.optimizer.name}' keeps its states on the device in its own form; use "
-                "adamw, whose states DeepSpeed can divide and move"
-            )
+        reason = recipe.optimizer.refuses.get("divided")
+        if reason is not None:
+            yield f"'{recipe.optimizer.name}' {reason}"
         if isinstance(recipe.freezing, Rotating):
             yield (
                 f"freezing '{recipe.freezing.name}' changes what is trained, and DeepSpeed divides "
@@ -124,7 +132,7 @@ class Zero(Lever):
         if wanted is None:
             return optimizer  # accelerate gives it to DeepSpeed
         if self.stage == 3 or self.config is not None or self.offload_optimizer == "nvme":
-            raise NotImplementedError(
+            raise LowresError(
                 "of DeepSpeed's buffers those of stages 1 and 2 are planned, without `config` and "
                 "without nvme"
             )

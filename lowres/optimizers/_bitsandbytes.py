@@ -33,9 +33,10 @@ class BlockwiseAdamw(Optimizer):
     """
 
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
-    refuses: ClassVar[Mapping[Literal["in_backward", "on_host"], str]] = {
+    refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {
         "on_host": "holds states in 8 bits for the device's own kernels, and the host would take "
         "seconds for what they do in milliseconds; use adamw with this lever, or drop the lever",
+        "divided": "keeps its states on the device in its own form; use adamw with this lever",
     }
     variant: ClassVar[Literal["AdamW8bit", "PagedAdamW8bit"]]
 

@@ -10,7 +10,7 @@ transformers' Adafactor is taken because torch's has eps1 elsewhere than the pap
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,10 @@ class Adafactor(Optimizer):
         weight_decay: Of matrices; biases and norm weights are not decayed.
     """
 
+    refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {
+        "divided": "looks at matrices, and DeepSpeed lays parameters into one vector; use adamw "
+        "with this lever",
+    }
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-2}
 
     lr: PositiveFloat

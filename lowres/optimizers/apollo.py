@@ -39,6 +39,10 @@ class Apollo(Optimizer):
         seed: Of the projections.
     """
 
+    refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {
+        "divided": "looks at matrices, and DeepSpeed lays parameters into one vector; use adamw "
+        "with this lever",
+    }
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "rank": 2}
 
     lr: PositiveFloat

@@ -10,7 +10,7 @@ because galore-torch (1.0, March 2024) keeps its projections in Python objects.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,10 @@ class Galore(Optimizer):
         scale: Factor on projected updates.
     """
 
+    refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {
+        "divided": "looks at matrices, and DeepSpeed lays parameters into one vector; use adamw "
+        "with this lever",
+    }
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-2, "rank": 2}
 
     lr: PositiveFloat

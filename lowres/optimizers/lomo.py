@@ -35,9 +35,10 @@ class Lomo(Optimizer):
 
     waives: ClassVar[frozenset[Guard]] = frozenset({"gradients"})
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-2}
-    refuses: ClassVar[Mapping[Literal["in_backward", "on_host"], str]] = {
+    refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {
         "in_backward": "updates in the backward pass by itself; drop the lever",
         "on_host": "has no states to keep there; drop the lever",
+        "divided": "updates in the backward pass by itself; use adamw with this lever",
     }
 
     lr: PositiveFloat

@@ -43,9 +43,10 @@ class Mezo(Optimizer):
 
     waives: ClassVar[frozenset[Guard]] = frozenset({"gradients"})
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
-    refuses: ClassVar[Mapping[Literal["in_backward", "on_host"], str]] = {
+    refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {
         "in_backward": "has no backward pass; drop the lever",
         "on_host": "has no states to keep there; drop the lever",
+        "divided": "has two passes and no gradients; use adamw with this lever",
     }
 
     lr: PositiveFloat

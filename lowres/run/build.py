@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowres.core.batching import batching_of
 from lowres.core.errors import InputError, Problem
-from lowres.core.example import Batch, Row
+from lowres.core.example import Batch, Row, collate
 from lowres.core.learner import Encoder, Head, Kind, Learner, LoadRequest
 from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
@@ -251,8 +251,14 @@ def keep(chosen: Sequence[str] | None) -> Callable[[Learner], Blocks] | None:
 
 def sample_of(recipe: Recipe, inputs: Inputs, largest_only: bool = False) -> Sample:
     """The training rows for a freezing that looks at data."""
-    make, size = collator(recipe, inputs), recipe.loop.micro_batch_size
-    return Sample(inputs.data.train, make, recipe.objective, size, largest_only)
+    side = recipe.objective.padding_side("train", recipe.task, inputs.kind)
+
+    def make(rows: Sequence[Row]) -> Batch:
+        # Padded: the levers that lay rows out otherwise have not prepared the model yet.
+        return collate(rows, inputs.encoder.pad_id, side)
+
+    return Sample(inputs.data.train, make, recipe.objective, recipe.loop.micro_batch_size,
+                  largest_only)  # fmt: skip
 
 
 def engine_of(

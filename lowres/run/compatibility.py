@@ -23,12 +23,14 @@ from lowres.core.compatibility import Cell, Combination, Table
 from lowres.core.errors import InputError, LowresError
 from lowres.core.parts import Lever
 from lowres.core.reading import load_recipe
+from lowres.core.recipe import Recipe
 from lowres.run import environment
 
 RECOMPUTING: tuple[tuple[str, ...], ...] = ((), ("gradient_checkpointing",))
 PAIRED_WITH = "lora"
 SECONDS = 180
 """That a combination may take before it counts as hanging."""
+SIZES = {"train_examples": 16, "eval_examples": 4}
 MODELS = ("package:lowres/assets/tiny_lm", "biased")
 """The embedded Llama; where a method finds nothing to train in it, an OPT with random weights."""
 
@@ -134,8 +136,7 @@ def _cell(one: Combination, folder: Path, told: Any) -> None:
     for model in MODELS:
         cell = Cell("works", "", model, 0.0)
         try:
-            recipe = load_recipe(raw(one, model, folder))
-            try_out(recipe, folder)
+            try_out(_recipe(one, model, folder), folder)
         except InputError as error:
             # Said of this model alone: the other one may have what the method trains.
             cell.outcome, cell.reason = "refused", error.problems[0].text
@@ -150,6 +151,18 @@ def _cell(one: Combination, folder: Path, told: Any) -> None:
     cell.reason = " ".join(cell.reason.split())[:300]
     cell.seconds = round(time.monotonic() - started, 1)
     told.send(cell)
+
+
+def _recipe(one: Combination, model: str, folder: Path) -> Recipe:
+    """Labelled rows; where they are refused, and only there, a text."""
+    asked = raw(one, model, folder)
+    try:
+        return load_recipe(asked)
+    except InputError as error:
+        text = {"name": "text", "files": [environment.__file__], "valid_files": [__file__]}
+        with contextlib.suppress(InputError):
+            return load_recipe(asked | {"task": text | SIZES, "objective": "next_token"})
+        raise error
 
 
 def raw(one: Combination, model: str, folder: Path) -> dict[str, Any]:
@@ -168,7 +181,7 @@ def raw(one: Combination, model: str, folder: Path) -> dict[str, Any]:
         model = str(biased(folder / "biased"))
     return {
         "model": {"checkpoint": model},
-        "task": {"name": "grammaticality", "train_examples": 16, "eval_examples": 4},
+        "task": {"name": "grammaticality", **SIZES},
         "method": {"name": one.method, **method.sample_fields},
         "objective": "label_words",
         "optimizer": {"name": "adamw", "lr": 1e-3},

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import lowres
-from lowres.bridges import deepspeed
+from lowres.bridges import deepspeed_disk
 from lowres.core.errors import InputError
 from tests.conftest import ROOT
 from tests.equivalence.test_peft_format import READER
@@ -115,7 +115,7 @@ def test_the_losses_are_those_of_the_plain_run(
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    deepspeed.nvme_problem() is not None, reason=f"nvme: {deepspeed.nvme_problem()}"
+    deepspeed_disk.nvme_problem() is not None, reason=f"nvme: {deepspeed_disk.nvme_problem()}"
 )
 def test_what_lies_on_a_disk_is_trained_the_same(
     raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path
