@@ -64,7 +64,7 @@ class Part:
     """Values for fields without a default, for documentation and the contract tests."""
     waives: ClassVar[frozenset[Guard]] = frozenset()
     """Guards that do not hold by what the part is: `gradients` of one that makes none or lets them
-    die within the backward pass, `moved` and `frozen` of one that rotates what is trained."""
+    die within the backward pass."""
 
     @property
     def name(self) -> str:

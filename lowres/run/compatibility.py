@@ -159,7 +159,8 @@ def _recipe(one: Combination, model: str, folder: Path) -> Recipe:
     try:
         return load_recipe(asked)
     except InputError as error:
-        text = {"name": "text", "files": [environment.__file__], "valid_files": [__file__]}
+        files = [str(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+        text = {"name": "text", "files": files, "valid_files": [__file__]}
         with contextlib.suppress(InputError):
             return load_recipe(asked | {"task": text | SIZES, "objective": "next_token"})
         raise error

@@ -15,6 +15,7 @@ from safetensors import safe_open
 import lowres
 from lowres.bridges import accelerate
 from lowres.bridges.peft import unwrap_adapted
+from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
 from lowres.memory import device as devices
 from lowres.run.build import build, engine_of, read
@@ -340,10 +341,9 @@ def test_training_below_the_blocks_is_refused(where: str, pair: Callable[..., An
 
 
 def test_what_rotates_is_refused(pair: Callable[..., Any]) -> None:
-    """Behaviour: a part that waives the guard of frozen weights changes them."""
+    """Behaviour: what is frozen in one period trains in another."""
     _, kept = pair()
-    rotating = type("Lisa", (), {"waives": frozenset({"frozen"}), "name": "lisa",
-                                 "family": "freezing"})()  # fmt: skip
+    rotating = registry.load("freezing", "lisa")()
     problems = list(kept.levers[0].check(dataclasses.replace(kept, freezing=rotating)))
     assert len(problems) == 1 and "lisa" in problems[0]
 
@@ -389,3 +389,25 @@ def test_minilm_learns_cola_with_four_of_six_blocks_kept(
     }
     plain, kept = (lowres.run(one, quiet=True) for one in pair(**changes))
     assert kept.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_running_out_of_memory_while_the_file_is_made_makes_it_again(
+    pair: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the run that had room. The first attempt to write ends as lack of memory does."""
+    from lowres.levers import _prefix_states as states
+
+    plain, kept = pair()
+    whole = lowres.run(plain, output_folder=tmp_path / "plain", quiet=True)
+    write, tried = states.files.write_table, []
+
+    def short(*arguments: Any) -> None:
+        tried.append(1)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("none left")
+        write(*arguments)
+
+    monkeypatch.setattr(states.files, "write_table", short)
+    record = lowres.run(kept, output_folder=tmp_path / "kept", quiet=True)
+    assert len(tried) == 2
+    assert record.losses == pytest.approx(whole.losses, rel=1e-5)
