@@ -15,7 +15,7 @@ import torch
 
 from lowres.bridges import peft, transformers
 from lowres.core.errors import InputError, LowresError
-from lowres.core.example import Batch
+from lowres.core.example import Batch, collate
 from lowres.core.learner import Learner, LoadRequest
 from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
@@ -69,7 +69,8 @@ def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
     plain = build.request_of(recipe, inputs)
     trained = fold(plain, recipe.levers, "on_load")
     rows = inputs.data.train[:ROWS]
-    batch = build.collator(recipe, inputs)(rows)
+    # Padded, however the run laid rows out: the merged model knows no levers.
+    batch = collate(rows, inputs.encoder.pad_id)
 
     over_trained = None
     if trained != plain:
