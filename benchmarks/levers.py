@@ -140,17 +140,19 @@ def table(record: dict[str, Any]) -> str:
             if other != name and cells[f"lora + {name} + {other}"].outcome != "works"
         ]  # fmt: skip
         low, high = row["ratios"][0], row["ratios"][-1]
+        spread = f" ({low:.2f} to {high:.2f})" if row["n"] > 1 else ""
         rows.append(
             f"| `{name}` | {row['effect']} | {format_bytes(row['before'])} "
             f"| {format_bytes(row['after'])} | {format_bytes(saved)} "
-            f"| {format_bytes(row['planned'])} | x {row['ratio']:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {format_bytes(row['planned'])} | x {row['ratio']:.2f}{spread} "
             f"| {', '.join(against) or 'none'} |"
         )
     told = record["environment"]
     n = min(row["n"] for row in record["levers"].values())
     return (
-        f"On {told['device']}, torch {told['versions']['torch']}, {told['date']}; n of at least "
-        f"{n} alternating runs, {UPDATES} updates each.\n\n" + "\n".join(rows)
+        f"On {told['device']}, torch {told['versions']['torch']}, {told['date']}; at least {n} "
+        f"alternating run(s) of {UPDATES} updates; the time of a single run is rough.\n\n"
+        + "\n".join(rows)
     )
 
 
