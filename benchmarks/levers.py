@@ -149,11 +149,14 @@ def table(record: dict[str, Any]) -> str:
         )
     told = record["environment"]
     n = min(row["n"] for row in record["levers"].values())
-    return (
+    head = (
         f"On {told['device']}, torch {told['versions']['torch']}, {told['date']}; at least {n} "
-        f"alternating run(s) of {UPDATES} updates; the time of a single run is rough.\n\n"
-        + "\n".join(rows)
+        f"alternating run(s) of {UPDATES} updates; the time of a single run is rough."
     )
+    return head + "
+
+" + "
+".join(rows)
 
 
 def write_page(record: dict[str, Any]) -> None:
