@@ -153,10 +153,7 @@ def table(record: dict[str, Any]) -> str:
         f"On {told['device']}, torch {told['versions']['torch']}, {told['date']}; at least {n} "
         f"alternating run(s) of {UPDATES} updates; the time of a single run is rough."
     )
-    return head + "
-
-" + "
-".join(rows)
+    return "\n".join([head, "", *rows])
 
 
 def write_page(record: dict[str, Any]) -> None:
