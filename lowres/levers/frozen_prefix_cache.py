@@ -41,6 +41,8 @@ class FrozenPrefixCache(Lever):
     """
 
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
+    # It saves time, on rows that come again, and no bytes.
+    searched: ClassVar[int | None] = None
     sample_recipe: ClassVar[Mapping[str, Any]] = {"freezing": {"name": "prefix", "frozen": 1}}
 
     def check(self, recipe: Recipe) -> Iterator[str]:
