@@ -65,6 +65,10 @@ class DoesNotFit(LowresError):
     outcome = "does_not_fit"
 
 
+class NotPlanned(LowresError):
+    """There is no plan for it; a run may go on without one."""
+
+
 class OutOfMemory(LowresError):
     """Memory ran out even at micro-batch 1, or outside the part of a step that can be repeated."""
 

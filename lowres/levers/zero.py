@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lowres.core.errors import InputError, LowresError
+from lowres.core.errors import InputError, NotPlanned
 from lowres.core.parts import Lever, PositiveInt, part
 from lowres.core.rotation import Rotating
 
@@ -132,7 +132,7 @@ class Zero(Lever):
         if wanted is None:
             return optimizer  # accelerate gives it to DeepSpeed
         if self.stage == 3 or self.config is not None or self.offload_optimizer == "nvme":
-            raise LowresError(
+            raise NotPlanned(
                 "of DeepSpeed's buffers those of stages 1 and 2 are planned, without `config` and "
                 "without nvme"
             )

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from lowres.core import host
-from lowres.core.errors import LowresError
+from lowres.core.errors import NotPlanned
 from lowres.memory.trace import OUTSIDE, Birth, Cost, Trace
 from lowres.memory.values import (
     CHOOSING,
@@ -50,7 +50,7 @@ _KNOWN = {"aten", "prim", "prims", "profiler", "bitsandbytes"}
 """Namespaces of operations whose kernels are covered by rules or take nothing beside results."""
 
 
-class TraceFailed(LowresError):
+class TraceFailed(NotPlanned):
     """The recipe's code did something that has no answer without data."""
 
 

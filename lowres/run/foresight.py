@@ -6,12 +6,11 @@ import dataclasses
 from typing import Any
 
 from lowres.bridges import accelerate
-from lowres.core.errors import DoesNotFit, LowresError
+from lowres.core.errors import DoesNotFit, LowresError, NotPlanned
 from lowres.core.plan import MemoryPlan, to_dict
 from lowres.core.recipe import Recipe
 from lowres.core.units import format_bytes, format_seconds
 from lowres.memory import device as devices
-from lowres.memory.tracer import TraceFailed
 from lowres.run.build import Inputs
 from lowres.run.ladder import ladder
 from lowres.run.plan import plan
@@ -37,7 +36,7 @@ def foresee(
         try:
             processes = accelerator.num_processes
             found = plan(recipe, device, inputs=inputs, processes=processes)
-        except TraceFailed as error:
+        except NotPlanned as error:
             remark = f"no plan: {error}"
         except LowresError as error:
             told[0] = error
