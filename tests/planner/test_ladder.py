@@ -39,6 +39,7 @@ def test_each_line_is_what_the_full_plan_of_the_change_says(
         assert change.fits == there.fits
 
 
+@pytest.mark.slow
 def test_what_is_said_to_make_it_fit_does(planned_recipe: Callable[..., Any]) -> None:
     """Reference: full plans on a card that lies between the recipe's need and the least one."""
     recipe = planned_recipe(WIDE, loop=SIZES)
@@ -67,6 +68,7 @@ def test_an_evaluation_that_does_not_fit_is_not_helped_by_checkpointing(
     assert saved is not None and abs(saved) <= SEGMENTS, "two segments at most"
 
 
+@pytest.mark.slow
 def test_a_refusal_for_host_memory_says_what_would_help(
     planned_recipe: Callable[..., Any],
 ) -> None:

@@ -104,6 +104,7 @@ def test_the_probe_shares_no_factor_with_a_width() -> None:
     assert probe_lengths([6656, 17920, 32000])[0] == 128 * 17
 
 
+@pytest.mark.slow
 def test_minutes_are_a_limit_where_time_is_known(model: str) -> None:
     """Behaviour: too few are refused with the least there is; without data they are only noted."""
     card = devices.load("rtx-3060")
