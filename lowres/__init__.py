@@ -8,6 +8,10 @@ built = lowres.build(recipe)  # prepared model, tokenizer, collator, optimizer: 
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +28,32 @@ _HOMES = {
     "load_recipe": ("lowres.core.reading", "load_recipe"),
     "build": ("lowres.run.build", "build"),
 }
+
+
+class _WithPeft(importlib.abc.MetaPathFinder):
+    """Makes lowres's adapters known to PEFT the moment that is imported: plain PEFT calls then read
+    and make them. Until then nothing heavy is imported."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("peft")
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def then(module: Any) -> None:
+                execute(module)
+                importlib.import_module("lowres.bridges.peft_tuner")
+
+            spec.loader.exec_module = then  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    importlib.import_module("lowres.bridges.peft_tuner")
+else:
+    sys.meta_path.insert(0, _WithPeft())
 
 
 def __getattr__(name: str) -> Any:

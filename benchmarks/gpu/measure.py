@@ -157,13 +157,14 @@ class Measuring:
         """One update as a session makes it; returns its tokens."""
         recipe = self.recipe
         self.rotation.turn(engine.optimizer, step)
-        recipe.method.before_update(learner.base, step)
+        recipe.method.before_update(learner.base, step, recipe.loop.steps or step + 1)
         rows = portions.rows_of(recipe, self.inputs.data, step)
         engine.begin(1.0)
         batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
         loss, targets, tokens = make_gradients(
-            recipe.objective, learner, engine, accelerator, batches, step + 1
-        )
+            recipe.objective, learner, engine, accelerator, batches, step + 1,
+            method=recipe.method,
+        )  # fmt: skip
         if loss != loss or abs(loss) == float("inf"):
             raise Diverged(f"the loss of update {step + 1} is {loss}")
         engine.update(1.0, recipe.loop.max_grad_norm)

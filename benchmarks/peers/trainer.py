@@ -45,6 +45,7 @@ class Lowres:
             recipe=recipe, learner=self.built.learner, engine=engine, data=self.built.inputs.data,
             accelerator=accelerator, meter=Meter(accelerator.device), reporter=Reporter(quiet=True),
             output=folder, started=time.monotonic(), evaluate=lambda step: [], resume=None,
+            rotation=self.built.rotation,
         )  # fmt: skip
         # Its own probes on the first updates must not fall into a timed block.
         self.session._made_here = session.PROBED_UPDATES

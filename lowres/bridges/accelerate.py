@@ -136,7 +136,9 @@ def checkpoint_trained_only(accelerator: Any, model: nn.Module) -> None:
 
     def trained() -> dict[str, torch.Tensor]:
         there = dict(model.named_parameters())
-        return {name: there[name].detach() for name in ever}
+        # Which entries an adapter changes, and other choices that it made by data.
+        chosen = {n: b for n, b in model.named_buffers() if "lowres_delta_parts" in n}
+        return {name: there[name].detach() for name in ever} | chosen
 
     def save(_models: list[nn.Module], weights: list[Any], folder: str) -> None:
         weights.clear()

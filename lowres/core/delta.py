@@ -1,35 +1,127 @@
 """What a method adds to one module: the part of an adapter that is mathematics.
 
-A method that PEFT lacks writes a Delta; `bridges.peft` makes it a PEFT tuner (saving, several
+A method that PEFT lacks writes a Delta; `bridges.peft_tuner` makes it a PEFT tuner (saving, several
 adapters, disabling, merging).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+
+@dataclass(frozen=True)
+class Piece:
+    """One kind of delta and where it goes.
+
+    Args:
+        delta: The class, at the top level of a module under `lowres.methods`.
+        targets: Paths of modules. The order in which deltas are made is that of the model's
+            modules, whatever the order here.
+        settings: What the class is given, JSON-ready.
+    """
+
+    delta: type[Delta]
+    targets: Sequence[str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Delta(nn.Module):
-    """Trained parameters beside one frozen module, and how its output changes by them."""
+    """Trained parameters beside one frozen module, and how its output changes by them.
 
-    def __init__(self, base: nn.Module, settings: Mapping[str, Any]) -> None:
-        """Make the parameters for a module; at their initial values the output must not change."""
+    Parameters are made in float32 or the base's type and may be cast by PEFT: what is computed with
+    them takes its input to their type and gives the result in the output's (`cast`).
+    """
+
+    def __init__(
+        self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
+    ) -> None:
+        """Make the parameters for a module; at their initial values the output must not change.
+
+        Args:
+            base: The module, plain or quantised; `features` tells its sizes.
+            settings: As the piece says.
+            before: The deltas of the same adapter that were made already, in the model's order.
+                What is shared lives in the first of them alone; others reach it by `borrow`.
+        """
         super().__init__()
+
+    def around(
+        self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor, **others: Any
+    ) -> torch.Tensor:
+        """The module's new output, from a function that gives its own; other deltas of the same
+        module may be inside of that function."""
+        return self.change(call(*inputs, **others), *inputs)
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         """The module's new output from its own output and inputs."""
         raise NotImplementedError
 
     def fold(self, base: nn.Module, sign: int) -> None:
-        """Add (`sign` 1) or take away (-1) what was learned to the module's weights.
-
-        Raises:
-            NotImplementedError: When the mathematics allows no merge.
-        """
+        """Add (`sign` 1) or take away (-1) what was learned to the module's weights. Not defined
+        where the mathematics allows no merge."""
         raise NotImplementedError
+
+    def borrow(self, name: str, other: Delta) -> None:
+        """Keep another delta as the attribute `name` without owning its parameters."""
+        object.__setattr__(self, name, other)
+
+
+class Tap(Delta):
+    """Keeps a module's input for a later delta of the same block, which takes it away again."""
+
+    def __init__(
+        self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
+    ) -> None:
+        super().__init__(base, settings, before)
+        self._kept: torch.Tensor | None = None
+
+    def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        self._kept = inputs[0]
+        return output
+
+    def take(self) -> torch.Tensor:
+        """What came in last; it is let go of."""
+        kept, self._kept = self._kept, None
+        assert kept is not None, "the tapped module was not called before"
+        return kept
+
+
+def nearest(before: Sequence[Delta], kind: type[Delta]) -> Delta | None:
+    """The last delta of a kind that was made."""
+    return next((delta for delta in reversed(before) if isinstance(delta, kind)), None)
+
+
+def first(before: Sequence[Delta], kind: type[Delta]) -> Delta | None:
+    """The first delta of a kind that was made."""
+    return next((delta for delta in before if isinstance(delta, kind)), None)
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """Input and output features (i, o) of a linear layer of any make."""
+    for given, made in (("in_features", "out_features"), ("nx", "nf")):
+        if hasattr(base, given) and hasattr(base, made):
+            return int(getattr(base, given)), int(getattr(base, made))
+    raise TypeError(f"{type(base).__name__} is no linear layer")
+
+
+def place(base: nn.Module) -> torch.device:
+    """Where a module's weights lie."""
+    return next(base.parameters()).device
+
+
+def cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A value in another's type; under autocast operations choose their own."""
+    return value if value.dtype == like.dtype else value.to(like.dtype)
+
+
+def add_to_weight(base: Any, change_oi: torch.Tensor, sign: int) -> None:
+    """Add a matrix (o, i) to a linear layer's weight, in the wider of the two types."""
+    weight = base.weight.data
+    change = change_oi if hasattr(base, "in_features") else change_oi.T
+    wide = torch.promote_types(weight.dtype, change.dtype)
+    weight.copy_(weight.to(wide).add(change.to(weight.device, wide), alpha=sign))

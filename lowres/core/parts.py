@@ -42,6 +42,15 @@ T = TypeVar("T")
 Guard = Literal["gradients", "moved", "frozen", "saved"]
 """Checks of a run while it goes on; `run/guards.py` says what each is."""
 
+Circumstance = Literal[
+    "quantised", "in_backward", "without_gradients", "rotating", "divided", "packed", "chunked",
+    "tiled", "recomputed",
+]  # fmt: skip
+"""What a part brings that another may not work with: weights in 4 or 8 bits; updates within the
+backward pass; updates without one; freezing that takes turns; parameters spread over processes;
+several rows in one; logits made slice by slice; feed-forward parts run on slices of tokens; blocks
+run once more in backward."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -65,6 +74,8 @@ class Part:
     waives: ClassVar[frozenset[Guard]] = frozenset()
     """Guards that do not hold by what the part is: `gradients` of one that makes none or lets them
     die within the backward pass."""
+
+    brings: ClassVar[frozenset[Circumstance]] = frozenset()
 
     @property
     def name(self) -> str:
@@ -129,32 +140,6 @@ class Task(Part):
     def baseline(self, train: Sequence[Example], examples: Sequence[Example]) -> Prediction | None:
         """The majority of the training split as a prediction; None where there is none."""
         return None
-
-
-@part
-class Method(Part):
-    """What is trained."""
-
-    family: ClassVar[str] = "method"
-    learning_rate_hint: ClassVar[tuple[float, float]]
-    mergeable: ClassVar[bool]
-    trains_weights: ClassVar[bool] = False
-    """Whether it changes the matrices of the checkpoint themselves, which then cannot be held in
-    fewer bits, and not only what it adds beside them."""
-
-    def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
-        """Mark or add the trained parameters, within `blocks`; what is returned replaces `model`.
-
-        Raises InputError when the model has nothing that this method could train.
-        """
-        raise NotImplementedError
-
-    def merge(self, model: nn.Module) -> nn.Module:
-        """The plain model with what was learned folded in."""
-        raise NotImplementedError
-
-    def before_update(self, model: nn.Module, step: int) -> None:
-        """Called before the gradients of update `step`."""
 
 
 @part

@@ -12,10 +12,10 @@ from pydantic import Field
 
 from lowres.core import registry
 from lowres.core.errors import InputError, Problem
+from lowres.core.method import Method
 from lowres.core.parts import (
     Freezing,
     Lever,
-    Method,
     NonNegativeInt,
     Objective,
     Optimizer,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from lowres.core.parts import Freezing, part
+from lowres.core.parts import Circumstance, Freezing, part
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,8 @@ class Rotating(Freezing):
     Args:
         period: Updates between turns.
     """
+
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"rotating"})
 
     period: Annotated[int, Field(ge=1)]
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lowres.core.parts import Lever, part
+from lowres.core.parts import Circumstance, Lever, part
 
 if TYPE_CHECKING:
     from lowres.core.learner import LoadRequest
@@ -34,6 +34,7 @@ class QuantisedWeights(Weights):
     """
 
     searched: ClassVar[int | None] = 0
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"quantised"})
 
     def check(self, recipe: Recipe) -> Iterator[str]:
         if recipe.method.trains_weights:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from lowres.core.errors import InputError
 from lowres.core.example import IGNORED, Batch
 from lowres.core.learner import Learner, forward_arguments, wide
-from lowres.core.parts import Lever, PositiveInt, part
+from lowres.core.parts import Circumstance, Lever, PositiveInt, part
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ class ChunkedLogits(Lever):
         chunk: Target tokens whose logits (chunk, V) are there at a time.
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"chunked"})
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     searched: ClassVar[int | None] = 1
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lowres.core.parts import Lever, PositiveInt, part
+from lowres.core.parts import Circumstance, Lever, PositiveInt, part
 
 if TYPE_CHECKING:
     from lowres.core.learner import Learner
@@ -27,6 +27,7 @@ class GradientCheckpointing(Lever):
             activations. The share of the saving and of the cost is 1 / every.
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"recomputed"})
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     searched: ClassVar[int | None] = 0
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lowres.core.parts import Guard, Lever, part
+from lowres.core.parts import Circumstance, Guard, Lever, part
 
 if TYPE_CHECKING:
     from lowres.core.engine import Engine
@@ -27,6 +27,7 @@ class OptimizerInBackward(Lever):
     late for its update, and memory that runs out ends the run instead of halving the micro-batch.
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"in_backward"})
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     waives: ClassVar[frozenset[Guard]] = frozenset({"gradients"})
     sample_recipe: ClassVar[Mapping[str, Any]] = {

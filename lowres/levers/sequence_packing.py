@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lowres.core.errors import InputError, Problem
-from lowres.core.parts import Lever, PositiveInt, part
+from lowres.core.parts import Circumstance, Lever, PositiveInt, part
 
 if TYPE_CHECKING:
     from lowres.core.batching import Batching
@@ -40,6 +40,7 @@ class SequencePacking(Lever):
             `loop.max_length` tokens.
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"packed"})
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
 
     max_tokens: PositiveInt | None = None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lowres.core.errors import InputError
-from lowres.core.parts import Lever, PositiveInt, part
+from lowres.core.parts import Circumstance, Lever, PositiveInt, part
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ class TiledMlp(Lever):
         tiles: Into how many slices the tokens of a micro-batch are cut.
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"tiled"})
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     searched: ClassVar[int | None] = 1
 

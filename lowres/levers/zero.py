@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lowres.core.errors import InputError, NotPlanned
-from lowres.core.parts import Lever, PositiveInt, part
+from lowres.core.parts import Circumstance, Lever, PositiveInt, part
 from lowres.core.rotation import Rotating
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Zero(Lever):
         config: A DeepSpeed JSON instead of the fields above; `auto` values are filled in.
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"divided"})
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     whole_process: ClassVar[bool] = True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from lowres.core.delta import Delta
 class BiasDelta(Delta):
     """`y + d` with d (o,) from zero; the backward pass keeps nothing for it."""
 
-    def __init__(self, base: nn.Module, settings: Mapping[str, Any]) -> None:
-        super().__init__(base, settings)
+    def __init__(
+        self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
+    ) -> None:
+        super().__init__(base, settings, before)
         bias = base.bias
         assert isinstance(bias, torch.Tensor)
         self.bias = nn.Parameter(torch.zeros_like(bias))

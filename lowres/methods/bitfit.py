@@ -9,27 +9,31 @@ share one base and be switched off; the update of d is the update of b.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from lowres.core.errors import InputError, Problem
-from lowres.core.parts import Method, part
+from lowres.core.method import Adapter, Taxonomy
+from lowres.core.parts import part
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lowres.core.blocks import Blocks
+    from lowres.core.delta import Piece
 
 
 @part
-class Bitfit(Method):
+class Bitfit(Adapter):
     """Every `.bias`: attention, feed-forward, norms. No layer input is kept for backward."""
 
+    taxonomy: ClassVar[Taxonomy] = "selective"
     # Section 3 of the paper: 1e-4 to 1e-3 for BERT.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 1e-3)
     mergeable: ClassVar[bool] = True
 
-    def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
-        from lowres.bridges import peft_tuner
+    def pieces(self, model: nn.Module, blocks: Blocks) -> Sequence[Piece]:
+        from lowres.core.delta import Piece
         from lowres.methods._bias import BiasDelta
 
         biased = [
@@ -52,9 +56,4 @@ class Bitfit(Method):
                     )
                 ],
             )
-        return peft_tuner.inject_delta(model, blocks, BiasDelta, biased)
-
-    def merge(self, model: nn.Module) -> nn.Module:
-        from lowres.bridges import peft
-
-        return peft.merge(model)
+        return [Piece(BiasDelta, biased)]

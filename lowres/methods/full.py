@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from lowres.core.parts import Method, part
+from lowres.core.method import Method, Taxonomy
+from lowres.core.parts import part
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 class Full(Method):
     """All parameters of the trained blocks, the embeddings, the final norm and the head."""
 
+    taxonomy: ClassVar[Taxonomy] = "full"
     # Decoders 1e-5 to 5e-5 (Mosbach et al. 2023, https://arxiv.org/abs/2305.16938); the tests and
     # small encoders want more.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
@@ -35,6 +37,7 @@ class Full(Method):
                 "weights in float16 underflow when they are updated; set model.dtype to float32 or "
                 "bfloat16 (loop.precision: fp16 computes in half precision over float32 weights)"
             )
+        yield from super().check(recipe)
 
     def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
         for name, parameter in model.named_parameters():

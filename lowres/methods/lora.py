@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from lowres.core.parts import Method, PositiveFloat, PositiveInt, part
+from lowres.core.method import Method, Taxonomy
+from lowres.core.parts import PositiveFloat, PositiveInt, part
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,7 @@ class Lora(Method):
         targets: `paper` (queries and values), `all-linear`, or layer names joined by `+`.
     """
 
+    taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     # Grid of Scaling Down to Scale Up (https://arxiv.org/abs/2303.15647): 1e-3 to 5e-5.
     learning_rate_hint: ClassVar[tuple[float, float]] = (5e-5, 1e-3)
     mergeable: ClassVar[bool] = True

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lowres.core.errors import InputError, Problem
-from lowres.core.parts import Guard, Optimizer, PositiveFloat, part
+from lowres.core.parts import Circumstance, Guard, Optimizer, PositiveFloat, part
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,7 @@ class Mezo(Optimizer):
         weight_decay: Of matrices; biases and norm weights are not decayed.
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"without_gradients"})
     waives: ClassVar[frozenset[Guard]] = frozenset({"gradients"})
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
     refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {

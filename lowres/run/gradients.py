@@ -14,6 +14,7 @@ from lowres.core.example import Batch, Row, real_tokens
 if TYPE_CHECKING:
     from lowres.core.engine import Engine
     from lowres.core.learner import Learner
+    from lowres.core.method import Method
     from lowres.core.parts import Objective
     from lowres.core.recipe import Recipe
 
@@ -34,6 +35,7 @@ def make_gradients(
     batches: Sequence[Batch],
     seed: int,
     only: Container[int] | None = None,
+    method: Method | None = None,
 ) -> tuple[float, float, float]:
     """Make the gradients of the mean loss over the global batch.
 
@@ -41,6 +43,7 @@ def make_gradients(
         seed: Of dropout.
         only: Micro-batches to compute, by number; None for all. The planner leaves out those that
             repeat others.
+        method: Whose penalty is added to the mean.
 
     Returns:
         Sum of the loss (the mean of several passes), targets and real tokens, over all processes.
@@ -61,8 +64,14 @@ def make_gradients(
                 batch = {k: v.to(accelerator.device) for k, v in batch.items()}
                 with accelerator.autocast():
                     loss = objective.loss(learner, batch)
-                engine.accumulate(loss, 1.0 / targets, last=number == len(batches) - 1)
-                loss_sum += loss.detach().cpu().double()
-                del loss
+                alone = loss.detach()
+                last = number == len(batches) - 1
+                penalty = method.penalty(learner.base) if method is not None and last else None
+                if penalty is not None:
+                    # Each process adds its part of one; what is reported is the loss alone.
+                    loss = loss + penalty * (targets / accelerator.num_processes)
+                engine.accumulate(loss, 1.0 / targets, last=last)
+                loss_sum += alone.cpu().double()
+                del loss, alone, penalty
     (total,) = accelerate.sum_over_processes(accelerator, [float(loss_sum) / passes])
     return total, targets, tokens

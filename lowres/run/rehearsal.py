@@ -34,6 +34,7 @@ from lowres.memory.tracer import TraceFailed, Tracer
 from lowres.memory.translate import Target, translating
 from lowres.run import build, portions, scenes
 from lowres.run.categories import Categories
+from lowres.run.data import updates_of
 from lowres.run.gradients import make_gradients, micro_batches
 
 
@@ -96,7 +97,8 @@ def rehearse(
         DoesNotRepeat: Where blocks built alike behave differently; ask for the `whole`.
         InputError: As the run would.
     """
-    uneven = "; ".join(filter(None, (lever.uneven() for lever in recipe.levers)))
+    reasons = (recipe.method.uneven(), *(lever.uneven() for lever in recipe.levers))
+    uneven = "; ".join(filter(None, reasons))
     if uneven and not (whole or quick):
         raise DoesNotRepeat(uneven)
     peft.preload()
@@ -253,13 +255,13 @@ class _Stage:
 
     def _update(self, learner: Learner, engine: Engine, step: int) -> tuple[float, float, float]:
         recipe, tracer = self.recipe, self.tracer
-        last = step == len(self.shown) - 1
+        last, total = step == len(self.shown) - 1, updates_of(recipe, len(self.inputs.data.train))
         learner.base.train()
         rows = portions.rows_of(recipe, self.inputs.data, step)
         rows = rows[: -(-len(rows) // self.processes)]
         with tracer:
             tracer.enter("forward")
-            recipe.method.before_update(learner.base, step)
+            recipe.method.before_update(learner.base, step, total)
             with self.target.on_host(tracer):
                 batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
             counts = recipe.objective if learner.only_targets else None
@@ -286,9 +288,11 @@ class _Stage:
             traced = sum(batches[number]["input_ids"].numel() for number in only)
             tracer.costing = last
             told = scenes.Staged(engine, tracer, self.categories.gradients)
-            make_gradients(recipe.objective, learner, told, self.accelerator, batches, 0, only)
+            make_gradients(recipe.objective, learner, told, self.accelerator, batches, 0, only,
+                           recipe.method)  # fmt: skip
             del batches
             tracer.enter("optimizer step")
+            recipe.method.after_gradients(learner.base, step, total)
             engine.update(1.0, recipe.loop.max_grad_norm)
             tracer.costing = False
         usual, tokens = portions.usual_work(recipe, self.inputs.data)

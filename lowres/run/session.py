@@ -117,7 +117,7 @@ class TrainingSession:
         start = time.perf_counter()
         with self._measured():
             self._rotation.turn(self.engine.optimizer, step)
-            recipe.method.before_update(self.learner.base, step)
+            recipe.method.before_update(self.learner.base, step, self.total)
             factor = schedule.factor(recipe.loop.schedule, step, self.total, self._warmup)
             self.engine.begin(factor)
             loss_sum, targets, tokens = self._gradients(step, rows)
@@ -133,6 +133,7 @@ class TrainingSession:
             # Under float16 gradients carry the loss scale, and the first ones overflow.
             scaled = getattr(self.accelerator, "scaler", None) is not None
             self.guards.gradients(scaled)
+            recipe.method.after_gradients(self.learner.base, step, self.total)
             norm = self._step(factor)
             if norm is not None and not math.isfinite(norm):
                 self.event("skipped", f"update {step + 1} overflowed in float16 and was skipped")
@@ -255,9 +256,8 @@ class TrainingSession:
         # A function of seed, update and process alone: a repeated or resumed update draws the same
         # dropout.
         seed = _seed(self.recipe.loop.seed, step, accelerator.process_index)
-        return make_gradients(
-            self.recipe.objective, self.learner, self.engine, accelerator, batches, seed
-        )
+        return make_gradients(self.recipe.objective, self.learner, self.engine, accelerator,
+                              batches, seed, method=self.recipe.method)  # fmt: skip
 
     def _step(self, factor: float) -> float | None:
         try:

@@ -20,7 +20,8 @@ Paper: none.
 
 from __future__ import annotations
 
-from lowres.core.parts import Method, part
+from lowres.core.method import Method
+from lowres.core.parts import part
 
 
 @part

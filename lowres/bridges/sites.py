@@ -1,0 +1,166 @@
+"""Where attention and feed-forward parts of a transformers model have their linear layers.
+
+Told by the names that transformers uses and by the place in a block; a model that names them
+otherwise is refused, with what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowres.core.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lowres.core.blocks import Blocks
+
+_QUERY = {"q_proj", "query", "q", "q_lin"}
+_KEY = {"k_proj", "key", "k", "k_lin"}
+_VALUE = {"v_proj", "value", "v", "v_lin"}
+_FUSED = {"c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "in_proj"}
+_OUT = {"o_proj", "out_proj", "o", "out_lin", "dense", "c_proj", "Wo"}
+_UP = {"fc1", "gate_proj", "up_proj", "wi", "wi_0", "wi_1", "c_fc", "dense_h_to_4h", "lin1",
+       "gate_up_proj", "Wi", "dense"}  # fmt: skip
+_DOWN = {"fc2", "down_proj", "wo", "c_proj", "dense_4h_to_h", "lin2", "Wo", "dense"}
+_ATTENTION = ("attn", "attention")
+_CROSS = ("encoder_attn", "EncDecAttention", "crossattention", "cross_attn")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a block, by module paths. A fused projection stands for all three.
+
+    Args:
+        inner: The module that calls the attention kernel.
+        cross: Whether it looks at the encoder's output.
+    """
+
+    block: str
+    inner: str
+    query: str
+    key: str
+    value: str
+    out: str
+    cross: bool
+
+    @property
+    def fused(self) -> bool:
+        return self.query == self.key
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward part of a block: the layers that widen (two where one is a gate), and the
+    one back."""
+
+    block: str
+    up: tuple[str, ...]
+    down: str
+
+
+def attentions(model: nn.Module, blocks: Blocks, *, trained_only: bool = True) -> list[Attention]:
+    """The attentions of the blocks, in the order of the model.
+
+    Raises:
+        InputError: When a block has none that is known.
+    """
+    return [
+        one
+        for name in _blocks(blocks, trained_only)
+        for one in _attentions_of(name, _linears(model.get_submodule(name)))
+    ]
+
+
+def feed_forwards(
+    model: nn.Module, blocks: Blocks, *, trained_only: bool = True
+) -> list[FeedForward]:
+    """The feed-forward parts of the blocks, in the order of the model.
+
+    Raises:
+        InputError: When a block has none that is known, or experts in its place.
+    """
+    return [
+        _feed_forward_of(name, _linears(model.get_submodule(name)))
+        for name in _blocks(blocks, trained_only)
+    ]
+
+
+def norms(model: nn.Module, blocks: Blocks) -> list[str]:
+    """Paths of the normalisation layers where the freezing allows training."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and any(True for _ in module.parameters(recurse=False))
+        and blocks.trains(f"{path}.weight")
+        and path not in blocks.head
+    ]
+
+
+def _blocks(blocks: Blocks, trained_only: bool) -> list[str]:
+    names = [n for n in blocks.names if n in blocks.trained or not trained_only]
+    if not names:
+        raise _refused("the freezing leaves no block trained; train some, or use method 'full'")
+    return names
+
+
+def _linears(block: nn.Module) -> list[str]:
+    """Paths within a block of everything that multiplies with a matrix, under adapters too."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    found = [n for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    inside = ("lora_", "lowres_delta_parts")
+    return [n.removesuffix(".base_layer") for n in found if not any(i in n for i in inside)]
+
+
+def _attentions_of(block: str, linears: list[str]) -> list[Attention]:
+    found = []
+    for path in linears:
+        inner, _, last = path.rpartition(".")
+        siblings = {n.rpartition(".")[2]: n for n in linears if n.rpartition(".")[0] == inner}
+        if last in _FUSED:
+            query = key = value = path
+        elif last in _QUERY:
+            query = path
+            key, value = (_one_of(siblings, names) for names in (_KEY, _VALUE))
+        else:
+            continue
+        # BERT's output projection lies beside the attention (`attention.output.dense`).
+        outer = inner.rpartition(".")[0]
+        beside = [n for n in linears if n.startswith(f"{outer}.") and outer and "self" in inner]
+        out = _one_of(siblings, _OUT - {last}) or next(iter(n for n in beside if n.endswith(
+            (".output.dense", ".out_proj"))), "")  # fmt: skip
+        if key and value and out:
+            cross = any(word in path for word in _CROSS)
+            full = [f"{block}.{n}" for n in (inner, query, key, value, out)]
+            found.append(Attention(block, *full, cross))
+    if not found:
+        raise _refused(f"no attention is known in {block}; its linear layers are {linears}")
+    return found
+
+
+def _one_of(siblings: dict[str, str], names: set[str]) -> str:
+    return next((path for last, path in siblings.items() if last in names), "")
+
+
+def _feed_forward_of(block: str, linears: list[str]) -> FeedForward:
+    if any("expert" in name for name in linears):
+        raise _refused(f"{block} is a mixture of experts; use lora on the attention's layers")
+    rest = [n for n in linears if not any(word in n.lower() for word in _ATTENTION)]
+    last: Callable[[str], str] = lambda n: n.rpartition(".")[2]
+    up = [n for n in rest if last(n) in _UP]
+    down = [n for n in rest if last(n) in _DOWN and n not in up]
+    if not down and len(up) > 1:  # BERT calls both `dense`.
+        *up, only = up
+        down = [only]
+    if not up or len(down) != 1:
+        raise _refused(f"no feed-forward part is known in {block}; its linear layers are {linears}")
+    return FeedForward(block, tuple(f"{block}.{n}" for n in up), f"{block}.{down[0]}")
+
+
+def _refused(text: str) -> InputError:
+    return InputError("the recipe", [Problem("method", text)])

@@ -1,0 +1,96 @@
+"""What is trained: the base of every method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from lowres.core.parts import Circumstance, Part, part
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lowres.core.blocks import Blocks
+    from lowres.core.delta import Piece
+    from lowres.core.recipe import Recipe
+
+Taxonomy = Literal[
+    "full",
+    "additive: adapters",
+    "additive: soft prompts",
+    "additive: other",
+    "selective",
+    "reparametrisation",
+    "hybrid",
+]
+"""Classes of Scaling Down to Scale Up, section 4 (https://arxiv.org/abs/2303.15647)."""
+
+
+@part
+class Method(Part):
+    """A member of the family."""
+
+    family: ClassVar[str] = "method"
+    taxonomy: ClassVar[Taxonomy] = "additive: other"
+    learning_rate_hint: ClassVar[tuple[float, float]]
+    mergeable: ClassVar[bool]
+    trains_weights: ClassVar[bool] = False
+    """Whether it changes the matrices of the checkpoint themselves, which then cannot be held in
+    fewer bits, and not only what it adds beside them."""
+    starts_as_base: ClassVar[bool] = True
+    """Whether the model's outputs are those of the checkpoint before the first update."""
+    refuses: ClassVar[Mapping[Circumstance, str]] = {}
+    """Why it cannot work so, with what to do instead; nothing where it can."""
+
+    def check(self, recipe: Recipe) -> Iterator[str]:
+        parts = (recipe.freezing, recipe.objective, recipe.optimizer, recipe.procedure)
+        for other in (*parts, *recipe.levers):
+            for circumstance in sorted(other.brings & self.refuses.keys()):
+                yield f"beside '{other.name}': {self.refuses[circumstance]}"
+
+    def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
+        """Mark or add the trained parameters, within `blocks`; what is returned replaces `model`.
+
+        Raises InputError when the model has nothing that this method could train.
+        """
+        raise NotImplementedError
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """The plain model with what was learned folded in."""
+        raise NotImplementedError
+
+    def uneven(self) -> str | None:
+        """Why blocks built alike do not work alike under it, so that a plan traces all of them."""
+        return None
+
+    def before_update(self, model: nn.Module, step: int, total: int) -> None:
+        """Called before the gradients of update `step` of `total`."""
+
+    def penalty(self, model: nn.Module) -> torch.Tensor | None:
+        """What is added to the mean loss of each update, a scalar in float32; None for nothing."""
+        return None
+
+    def after_gradients(self, model: nn.Module, step: int, total: int) -> None:
+        """Called with the gradients of update `step` in place, before the optimizer's step."""
+
+
+@part
+class Adapter(Method):
+    """A method of lowres's own, made of `core.delta.Delta`s: a real PEFT adapter."""
+
+    mergeable: ClassVar[bool] = False
+
+    def pieces(self, model: nn.Module, blocks: Blocks) -> Sequence[Piece]:
+        """Which deltas go to which modules; raises InputError where there is no place for them."""
+        raise NotImplementedError
+
+    def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
+        from lowres.bridges import peft_tuner
+
+        return peft_tuner.inject_pieces(model, blocks, self)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        from lowres.bridges import peft
+
+        return peft.merge(model)
