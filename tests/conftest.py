@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 KINDS = ("decoder", "encoder", "encoder_decoder")
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
+
+
+def sampled(*axes: Sequence[Any], every: int) -> list[Any]:
+    """All combinations as parameters. One in `every` is in the fast suite, chosen so that each
+    value of an axis is among them; the others carry the slow marker."""
+    made = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        marks = [pytest.mark.slow] if sum(places) % every else []
+        made.append(pytest.param(*values, marks=marks))
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,6 @@ from lowres.core.delta import Delta
 if TYPE_CHECKING:
     from lowres.core.blocks import Blocks
     from lowres.core.delta import Piece
-    from lowres.core.method import Adapter
 
 
 class LowresPeftType(str, enum.Enum):
@@ -244,11 +243,12 @@ PEFT_TYPE_TO_TUNER_MAPPING[LowresPeftType.LOWRES_DELTA] = DeltaTuner
 PEFT_TYPE_TO_PREFIX_MAPPING[LowresPeftType.LOWRES_DELTA] = PREFIX
 
 
-def inject_pieces(model: nn.Module, blocks: Blocks, method: Adapter) -> nn.Module:
+def inject_pieces(
+    model: nn.Module, blocks: Blocks, method: str, settings: dict[str, Any], pieces: Sequence[Piece]
+) -> nn.Module:
     """Put a method's deltas into the model; returns the PeftModel."""
     from lowres.bridges.peft import inject
-    from lowres.core.parts import values
 
-    config = DeltaConfig(method=method.name, settings=values(method))
-    config.place(method.pieces(model, blocks), model)
+    config = DeltaConfig(method=method, settings=settings)
+    config.place(pieces, model)
     return inject(model, config, blocks)

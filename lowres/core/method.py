@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lowres.core.parts import Circumstance, Part, part
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lowres.core.blocks import Blocks
-    from lowres.core.delta import Piece
     from lowres.core.recipe import Recipe
 
 Taxonomy = Literal[
@@ -73,24 +72,3 @@ class Method(Part):
 
     def after_gradients(self, model: nn.Module, step: int, total: int) -> None:
         """Called with the gradients of update `step` in place, before the optimizer's step."""
-
-
-@part
-class Adapter(Method):
-    """A method of lowres's own, made of `core.delta.Delta`s: a real PEFT adapter."""
-
-    mergeable: ClassVar[bool] = False
-
-    def pieces(self, model: nn.Module, blocks: Blocks) -> Sequence[Piece]:
-        """Which deltas go to which modules; raises InputError where there is no place for them."""
-        raise NotImplementedError
-
-    def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
-        from lowres.bridges import peft_tuner
-
-        return peft_tuner.inject_pieces(model, blocks, self)
-
-    def merge(self, model: nn.Module) -> nn.Module:
-        from lowres.bridges import peft
-
-        return peft.merge(model)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from lowres.core.errors import InputError, Problem
-from lowres.core.method import Adapter, Taxonomy
+from lowres.core.method import Taxonomy
 from lowres.core.parts import part
+from lowres.methods._adapter import Adapter
 
 if TYPE_CHECKING:
     from torch import nn

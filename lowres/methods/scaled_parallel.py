@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from lowres.core.method import Adapter, Taxonomy
+from lowres.core.method import Taxonomy
 from lowres.core.parts import PositiveFloat, PositiveInt, part
+from lowres.methods._adapter import Adapter
 from lowres.methods._adapters import Activation, parallel
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from lowres.core.errors import InputError
 from lowres.core.rotation import Rotating
 from lowres.core.scored import Scored
 from lowres.run.build import build
-from tests.conftest import KINDS, sample_part
+from tests.conftest import KINDS, sample_part, sampled
 
 FREEZING = registry.names("freezing")
 METHODS = registry.names("method")
@@ -107,9 +107,9 @@ def saved_bytes(built: Any, batch: Any, objective: Any) -> dict[str, int]:
     return kept
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("freezing", FREEZING)
+@pytest.mark.parametrize(
+    ("freezing", "method", "kind"), sampled(FREEZING, METHODS, KINDS[:2], every=7)
+)
 def test_nothing_is_kept_for_backward_below_the_lowest_trained_block(
     freezing: str, method: str, kind: str, frozen_recipe: Callable[..., Any]
 ) -> None:
@@ -213,8 +213,10 @@ def test_what_rests_does_not_move_with_any_optimizer(
     assert moved == active
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("freezing", [*of_family(Rotating), *of_family(Scored)])
+@pytest.mark.parametrize(
+    ("freezing", "method"),
+    sampled([*of_family(Rotating), *of_family(Scored)], METHODS, every=25),
+)
 def test_a_run_that_died_goes_on_with_the_blocks_it_had(
     freezing: str, method: str, frozen_recipe: Callable[..., Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -4,7 +4,9 @@ changes them within the tolerance that it declares.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from lowres.memory.live import LiveBytes
 from lowres.run.build import build, engine_of
 from lowres.run.gradients import make_gradients, micro_batches
 from lowres.run.held import held
-from tests.conftest import KINDS, sample_part
+from tests.conftest import KINDS, sample_part, sampled
 
 LEVERS = registry.names("lever")
 METHODS = registry.names("method")
@@ -113,9 +115,7 @@ def compare(one: Any, other: Any) -> tuple[int, int]:
     return peak, pulled_peak
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("lever", EXACT)
+@pytest.mark.parametrize(("lever", "method", "kind"), sampled(EXACT, METHODS, KINDS, every=7))
 def test_an_exact_lever_changes_no_update(
     lever: str, method: str, kind: str, recipe: Callable[..., Any],
     stage: Callable[..., dict[str, Any]],
@@ -148,9 +148,7 @@ def one_vector(found: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([found[name].flatten() for name in sorted(found)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("lever", LOSSY)
+@pytest.mark.parametrize(("lever", "method", "kind"), sampled(LOSSY, METHODS, KINDS, every=5))
 def test_a_lossy_lever_stays_within_its_tolerance(
     lever: str, method: str, kind: str, recipe: Callable[..., Any]
 ) -> None:
@@ -189,21 +187,17 @@ def test_a_lossy_lever_works_with_a_method_on_every_kind(
     """Behaviour: a lever that refuses everything would pass the test above by skipping it."""
     for kind in KINDS:
         worked = 0
+        levers = [sample_part("lever", lever)]
         for method in METHODS:
-            try:
-                levers, changes = (
-                    [sample_part("lever", lever)],
-                    {"method": sample_part("method", method)},
-                )
+            with contextlib.suppress(InputError):
+                changes = {"method": sample_part("method", method)}
                 worked += bool(build(recipe(kind, levers=levers, **changes)))
-            except InputError:
-                continue
+            if worked:
+                break
         assert worked, kind
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("exact", EXACT)
-@pytest.mark.parametrize("lossy", LOSSY)
+@pytest.mark.parametrize(("lossy", "exact", "kind"), sampled(LOSSY, EXACT, KINDS, every=4))
 def test_an_exact_lever_is_exact_beside_a_lossy_one(
     lossy: str, exact: str, kind: str, recipe: Callable[..., Any],
     stage: Callable[..., dict[str, Any]],
@@ -238,25 +232,22 @@ def test_every_ordered_pair_of_exact_levers_is_exact(
             break
 
 
-@pytest.mark.parametrize("lever", LOSSY)
-def test_a_lossy_lever_leaves_fewer_bytes_held(lever: str, recipe: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("lever", "method"), sampled(LOSSY, METHODS, every=9))
+def test_a_lossy_lever_leaves_fewer_bytes_held(
+    lever: str, method: str, recipe: Callable[..., Any]
+) -> None:
     """Behaviour, with the embedded model: what is alive when all is built, scales included. The
     random models of the other tests are smaller than a lever's tables may be."""
-    refusals = 0
-    for method in METHODS:
-        held = []
-        for levers in ([], [sample_part("lever", lever)]):
-            try:
-                one = recipe(
-                    model={"checkpoint": "package:lowres/assets/tiny_lm"}, levers=levers,
-                    method=sample_part("method", method), objective="label_words",
-                )  # fmt: skip
-                with loading_in_this_thread(), LiveBytes("cpu") as counted:
-                    built = build(one)
-                    held.append(counted.now_bytes)
-                del built
-            except InputError:
-                refusals += 1
-                break
-        assert len(held) < 2 or held[1] < held[0], method
-    assert refusals < len(METHODS)
+    held = []
+
+    def make(levers: list[Any]) -> Any:
+        checkpoint = {"checkpoint": "package:lowres/assets/tiny_lm"}
+        fields = sample_part("method", method)
+        return recipe(model=checkpoint, levers=levers, method=fields, objective="label_words")
+
+    for levers in ([], [sample_part("lever", lever)]):
+        with loading_in_this_thread(), LiveBytes("cpu") as counted:
+            built = refused_or(functools.partial(lambda levers: build(make(levers)), levers))
+            held.append(counted.now_bytes)
+        del built
+    assert held[1] < held[0]

@@ -247,8 +247,8 @@ NOTICED = {
         pytest.param(ZERO2, "frozen", marks=pytest.mark.slow),
         pytest.param(ZERO2, "saved"),
         pytest.param(ZERO3, "gradients", marks=pytest.mark.slow),
-        pytest.param(ZERO3, "moved"),
-        pytest.param(ZERO3, "frozen"),
+        pytest.param(ZERO3, "moved", marks=pytest.mark.slow),
+        pytest.param(ZERO3, "frozen", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_goes_wrong_is_noticed(

@@ -153,6 +153,7 @@ def test_the_planned_peak_of_a_card_falls(planned_recipe: Callable[..., Any]) ->
     assert waits[1] > (peaks[0] - peaks[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levers", [OFFLOAD, BOTH])
 def test_a_plan_of_four_blocks_is_that_of_all(
     levers: Any, planned_recipe: Callable[..., Any]

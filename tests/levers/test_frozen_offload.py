@@ -74,6 +74,7 @@ def test_only_the_resident_blocks_are_copied(
     assert pulled_backward == backward + copies - masters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levers", [[], ["nf4_weights", "gradient_checkpointing"]])
 def test_on_a_card_the_plan_falls_by_all_blocks_but_two(
     levers: list[str],

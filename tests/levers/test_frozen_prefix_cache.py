@@ -150,6 +150,7 @@ def test_a_run_is_planned_to_the_byte_and_its_file_is_found_again(
     assert told[0] == [] and "written to" in told[1][0] and "read from" in told[2][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("frozen", [3, 6, 9])
 def test_a_plan_from_few_blocks_is_that_of_all(

@@ -56,6 +56,7 @@ def test_every_second_block_changes_no_update(kind: str, recipe: Callable[..., A
     assert all_of_them < some < none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 3])
 def test_a_plan_traces_every_block(k: int, planned_recipe: Callable[..., Any]) -> None:
     """Reference: the plan with `exact`; with 3 the two inner blocks that would be traced are alike,

@@ -17,7 +17,7 @@ from lowres.bridges import narrow
 from lowres.core.errors import InputError, OutOfTime
 from lowres.memory.live import LiveBytes
 from lowres.run.build import build
-from tests.conftest import KINDS
+from tests.conftest import KINDS, sampled
 
 LEVERS = {"bf16_weights": torch.bfloat16, "fp16_weights": torch.float16}
 
@@ -47,14 +47,19 @@ def test_matrices_take_two_bytes_and_everything_else_keeps_its_type(
 
 
 @pytest.mark.parametrize(
-    "method, lever", [("full", "bf16_weights"), ("lora", "bf16_weights"), ("lora", "fp16_weights")]
+    ("pair", "kind", "precision"),
+    sampled(
+        [("full", "bf16_weights"), ("lora", "bf16_weights"), ("lora", "fp16_weights")],
+        KINDS,
+        ["no", "bf16"],
+        every=4,
+    ),
 )
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_run_trains_and_is_planned_to_the_byte(
-    precision: str, kind: str, method: str, lever: str, recipe: Callable[..., Any], tmp_path: Path
+    pair: tuple[str, str], kind: str, precision: str, recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Reference: the live bytes of the real run."""
+    method, lever = pair
     one = recipe(kind, method=method, levers=[lever], loop={"precision": precision})
     record = lowres.run(one, output_folder=tmp_path / "out", quiet=True)
     assert record.outcome == "ok" and record.plan is not None, record.events

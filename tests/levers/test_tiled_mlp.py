@@ -116,6 +116,7 @@ def test_planned_bytes_are_measured_bytes(
         assert planned == record.measured.phases[phase].live_bytes, phase  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_plan_of_four_blocks_is_that_of_all(planned_recipe: Callable[..., Any]) -> None:
     """Reference: the plan with every block traced; and the peak of a card is lower than without."""
     wide, loop = {"intermediate_size": 640}, {"max_length": 256}

@@ -228,7 +228,7 @@ def test_what_cannot_be_is_refused_with_the_choice_that_can(
 @pytest.mark.parametrize(
     ("lever", "precision", "dtype"),
     [
-        ("nf4_weights", "bf16", "float32"),
+        pytest.param("nf4_weights", "bf16", "float32", marks=pytest.mark.slow),
         ("int8_weights", "no", "float32"),
         pytest.param("nf4_weights", "no", "float32", marks=pytest.mark.slow),
         pytest.param("nf4_weights", "bf16", "bfloat16", marks=pytest.mark.slow),

@@ -22,6 +22,7 @@ def of_two(planned_recipe: Callable[..., Any], exact: bool, **changes: Any) -> t
     return without, there, without.phases["steady_steps"].categories["optimizer states"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("method", ["full", {"name": "lora", "rank": 4, "targets": "all-linear"}])
 def test_a_plan_for_a_gpu_has_the_states_on_the_host(

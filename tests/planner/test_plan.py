@@ -17,6 +17,7 @@ from lowres.run.assumed import inputs_for
 from lowres.run.plan import plan, with_budget
 from lowres.run.rehearsal import rehearse
 from lowres.run.starting import starting_recipe
+from tests.conftest import sampled
 
 CKPT = {"levers": [{"name": "gradient_checkpointing"}]}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -31,8 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "target"), sampled([*VARIANTS], ["cpu", "cuda"], every=4))
 def test_four_blocks_extended_are_all_blocks_traced(
     variant: str, target: Any, planned_recipe: Callable[..., Any]
 ) -> None:

@@ -80,7 +80,8 @@ def test_a_method_that_ignores_the_freezing_turns_the_contract_red(checkout: Pat
     """Behaviour: the freezing contract can fail."""
     planted = checkout / "lowres" / "methods" / "wrong.py"
     planted.write_text(WRONG)
-    done = contracts(checkout, "tests/contracts/test_freezing.py", "-k", "wrong and prefix")
+    done = contracts(checkout, "tests/contracts/test_freezing.py", "-k", "wrong and prefix",
+                     "-m", "not gpu")  # fmt: skip
     planted.unlink()
     assert done.returncode == 1
     assert "FAILED tests/contracts/test_freezing.py::test_nothing_is_kept" in done.stdout
