@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-TRACED = 4
-"""First, last and two between them: the two show that what lies between repeats."""
+BETWEEN, TOP = 2, 1
+"""Of a run are traced the last block and two that show that what lies between repeats; at the
+bottom the first, and the second where backward ends inside of the first."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Run:
     Args:
         start: Place of the first among all blocks of the model.
         length: How many there are.
-        kept: The places that stay.
+        kept: The places that stay; the third and second to last repeat.
     """
 
     start: int
@@ -36,7 +38,7 @@ def runs_of(
         model: The transformers model, with or without adapters.
         names: Paths of its blocks.
         roles: What is done with each; blocks of a run have the same.
-        shorten: Keep at most `TRACED` blocks of a run, else all.
+        shorten: Keep a few blocks of a run, else all.
     """
     runs: list[Run] = []
     start = 0
@@ -50,11 +52,23 @@ def runs_of(
             continue
         length = at - start
         kept = tuple(range(start, at))
-        if shorten and length > TRACED:
-            kept = (start, *_two_between(blocks, start, at), at - 1)
+        bottom = 1 if _trains_at_once(blocks[start]) else 2
+        if shorten and length > bottom + BETWEEN + TOP:
+            own = range(start, start + bottom)
+            kept = (*own, *_two_between(blocks, start + bottom - 1, at), at - 1)
         runs.append(Run(start, length, kept))
         start = at
     return runs
+
+
+def _trains_at_once(block: nn.Module) -> bool:
+    """Whether the first layer that multiplies with a matrix has something trained in it. Where it
+    has not, what blocks share (rotary tables) dies in the backward pass of the second one."""
+    for module in block.modules():
+        layer = getattr(module, "base_layer", module)
+        if isinstance(layer, nn.Linear | Conv1D):
+            return any(p.requires_grad for p in module.parameters())
+    return True
 
 
 def _structure(block: nn.Module) -> Any:

@@ -20,12 +20,12 @@ class DoesNotRepeat(Exception):
     """Two inner blocks of a run behave differently; the full depth has to be traced."""
 
 
-def extend(trace: Trace, start: int, copies: int) -> Trace:
-    """Put copies of a block between the second and the third of a run of four.
+def extend(trace: Trace, first: int, copies: int) -> Trace:
+    """Put copies of a block between it and its neighbour above.
 
     Args:
         trace: With places of all traced blocks.
-        start: Place of the run's first block; `start + 1` and `start + 2` must repeat.
+        first: Place of the block; it and `first + 1` must repeat, and lie inside of a run.
         copies: How many blocks were left out.
 
     Raises:
@@ -33,7 +33,7 @@ def extend(trace: Trace, start: int, copies: int) -> Trace:
     """
     if copies == 0:
         return trace
-    first, second = start + 1, start + 2
+    second = first + 1
     ordinals = _ordinals(trace)
     pieces = _pieces(trace.places)
     ours = [p for p in pieces if p[0] == first]
@@ -76,7 +76,7 @@ def extend(trace: Trace, start: int, copies: int) -> Trace:
             out.tensors.append(tensor)
             out.sizes.append(trace.sizes[event])
             out.places.append(_moved(trace.places[event], first, copies))
-            if owner == first and place not in (start, first, second):
+            if owner == first and place not in (first - 1, first, second):
                 # A list of all blocks' results is let go by somebody else.
                 for copy in range(1, copies + 1):
                     out.tensors.append(of[first + copy, ordinal])

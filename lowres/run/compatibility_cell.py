@@ -63,7 +63,7 @@ def try_out(recipe: Recipe, folder: Path) -> None:
     if any(lever.whole_process for lever in recipe.levers):
         _resume_elsewhere(folder / "whole" / RECIPE, again / "checkpoint-1")
     else:
-        execute(recipe, resume=str(again / "checkpoint-1"), quiet=True, force=True)
+        execute(recipe, resume=str(again / "checkpoint-1"), quiet=True, plan=False)
     resumed = from_file(again / RECORD)
     if resumed.losses != record.losses:
         raise LowresError(f"resumed losses are {resumed.losses}, not {record.losses}")

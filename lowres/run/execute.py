@@ -34,6 +34,7 @@ def execute(
     output_folder: str | Path | None = None,
     resume: str | None = None,
     force: bool = False,
+    plan: bool = True,
     quiet: bool = False,
     look: Callable[[Learner], None] | None = None,
 ) -> RunRecord:
@@ -43,6 +44,7 @@ def execute(
         output_folder: A folder that is empty or not there; None takes the next `runs/<recipe>-<n>`.
         resume: `latest` or the path of a checkpoint; None begins anew.
         force: Run although the plan does not fit.
+        plan: False to start at once, unplanned.
         quiet: Say nothing.
         look: Given the trained model once it is saved and scored; on every process.
 
@@ -74,7 +76,10 @@ def execute(
         reporter.say(f"{output.stem(recipe)}: {_plan_line(recipe)}\noutput: {folder}")
         inputs = build.read(recipe)
         record.data = inputs.data.reports
-        planned, unplanned = foresee(recipe, inputs, accelerator, reporter, force)
+        planned: Any = None
+        unplanned: str | None = "no plan: none was asked for"
+        if plan:
+            planned, unplanned = foresee(recipe, inputs, accelerator, reporter, force)
         record.plan = None if planned is None else to_record(planned)
 
         # Libraries are loaded before memory is: whether a method needs PEFT must not show as bytes.

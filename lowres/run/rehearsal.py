@@ -196,7 +196,7 @@ class _Stage:
         for run in reversed(self.runs):
             # From the last run to the first, so that places before it are still those of the trace.
             start = sum(len(r.kept) for r in self.runs[: self.runs.index(run)])
-            trace = extend(trace, start, run.length - len(run.kept))
+            trace = extend(trace, start + len(run.kept) - 3, run.length - len(run.kept))
         trace, waiting = trace.apart()
         return Rehearsal(
             load=load, trace=trace, host=waiting, runs=self.runs, names=self.names,

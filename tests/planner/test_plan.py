@@ -28,6 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "frozen prefix": {"freezing": {"name": "prefix", "frozen": 4}} | CKPT,
     "4 bits": {"levers": [{"name": "nf4_weights"}, {"name": "gradient_checkpointing"}]},
+    "adapters behind": {"method": "houlsby"},
+    "adapters beside, frozen prefix": {
+        "method": "scaled_parallel", "freezing": {"name": "prefix", "frozen": 3}, **CKPT,
+    },
     "autocast": {"loop": {"precision": "bf16"}, "model": {"dtype": "float32"}},
 }  # fmt: skip
 
