@@ -6,19 +6,21 @@ records and never repeated: a suite that was cut goes on where it stopped.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lowres.core import record as record_module
+from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
 from lowres.core.parts import part
 from lowres.core.reading import load_recipe
@@ -36,15 +38,33 @@ class Search:
     Args:
         key: The recipe key that is searched.
         values: For each recipe the values to try; equally many for all, so that none is favoured.
+        times_hint: In place of `values`: factors on the upper end of the learning rates that the
+            recipe's method recommends.
         settings: `key=value` changes for the search runs, such as held-out rows to score on.
-        split, metric: What decides; the largest value wins.
+        split, metric: What decides; the largest value wins. Without a metric the task's main one.
     """
 
     key: str
-    values: dict[str, tuple[float, ...]]
     settings: tuple[str, ...]
     split: str
-    metric: str
+    metric: str | None = None
+    values: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    times_hint: tuple[float, ...] = ()
+
+
+@part
+class Methods:
+    """One recipe with each method on each task, in place of `recipes`.
+
+    Args:
+        recipe: The file.
+        tasks: Short name to `key=value` changes. Records of each go to a folder of their own.
+        names: Methods, or all there are. One that refuses the recipe is left out, and said.
+    """
+
+    recipe: str
+    tasks: dict[str, tuple[str, ...]]
+    names: tuple[str, ...] | Literal["all"] = "all"
 
 
 @part
@@ -54,13 +74,15 @@ class Suite:
     Args:
         name: Folder of its records.
         recipes: Short name to recipe file.
+        methods: Instead, one recipe with many methods.
         seeds: Each recipe is run with each.
         search: None runs the recipes as they are.
         settings: `key=value` changes for every run.
     """
 
     name: str
-    recipes: dict[str, str]
+    recipes: dict[str, str] = field(default_factory=dict)
+    methods: Methods | None = None
     seeds: tuple[int, ...] = (0,)
     search: Search | None = None
     settings: tuple[str, ...] = field(default=())
@@ -78,7 +100,9 @@ def load(path: Path) -> Suite:
     except ValidationError as error:
         found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise InputError(f"'{path}'", found) from None
-    if suite.search is not None:
+    if bool(suite.recipes) == (suite.methods is not None):
+        raise InputError(f"'{path}'", ["give either recipes or methods"])
+    if suite.search is not None and not suite.search.times_hint:
         counts = {name: len(suite.search.values.get(name, ())) for name in suite.recipes}
         if len(set(counts.values())) != 1 or not all(counts.values()):
             raise InputError(
@@ -91,54 +115,83 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
     """Run what has no record yet.
 
     Args:
-        records: Records go to `<records>/<suite>/<device>/`, search runs to `search/` below it.
+        records: Records go to `<records>/<suite>/<device>/`, search runs to `search/` below it;
+            of several tasks to `<records>/<suite>-<task>/<device>/`.
         scratch: Where runs write their checkpoints and models; emptied after each.
         say: Takes a line for the user.
 
     Returns:
-        The records of the final runs, in order. Seeds are the outer loop, so that a cut leaves
-        whole comparisons.
+        The records of the final runs, in order. Seeds are the outer loop and tasks the next, so
+        that a cut leaves whole comparisons.
     """
-    home = records / suite.name / _device()
-    chosen: dict[str, list[str]] = {}
-    for name, recipe in suite.recipes.items():
-        chosen[name] = list(suite.settings)
-        if suite.search is not None:
-            value = _best(suite, suite.search, name, recipe, home / "search", scratch, say)
-            chosen[name].append(f"{suite.search.key}={value!r}")
+    chosen: dict[tuple[str, str], list[str]] = {}
     out = []
     for seed in suite.seeds:
-        for name, recipe in suite.recipes.items():
-            changes = [*chosen[name], f"loop.seed={seed}"]
-            out.append(_one(recipe, changes, home / f"{name}-seed{seed}.json", scratch, say))
+        for group, task_settings, entries in _groups(suite, say):
+            home = records / group / _device()
+            for name, (recipe, own) in entries.items():
+                settings = [*suite.settings, *task_settings, *own]
+                if (group, name) not in chosen:
+                    found = _searched(suite, name, recipe, settings, home / "search", scratch, say)
+                    chosen[group, name] = [*settings, *found]
+            for name, (recipe, _) in entries.items():
+                changes = [*chosen[group, name], f"loop.seed={seed}"]
+                out.append(_one(recipe, changes, home / f"{name}-seed{seed}.json", scratch, say))
     return out
 
 
-def _best(
-    suite: Suite,
-    search: Search,
-    name: str,
-    recipe: str,
-    home: Path,
-    scratch: Path,
+Entries = dict[str, tuple[str, list[str]]]
+"""Short name to recipe file and changes."""
+
+
+def _groups(
+    suite: Suite, say: Callable[[str], None]
+) -> Iterator[tuple[str, tuple[str, ...], Entries]]:
+    """What is compared with one another: folder of the records, changes of all, recipes."""
+    wanted = suite.methods
+    if wanted is None:
+        yield suite.name, (), {name: (recipe, []) for name, recipe in suite.recipes.items()}
+        return
+    names = registry.names("method") if wanted.names == "all" else wanted.names
+    for task, settings in wanted.tasks.items():
+        entries: Entries = {}
+        for name in names:
+            fields = {"name": name, **registry.load("method", name).sample_fields}
+            own = [f"method={json.dumps(fields)}"]
+            try:
+                load_recipe(wanted.recipe, [*suite.settings, *settings, *own])
+            except InputError as error:
+                say(f"{task}: {name} is left out: {error.problems[0].text}")
+                continue
+            entries[name] = (wanted.recipe, own)
+        yield f"{suite.name}-{task}", settings, entries
+
+
+def _searched(
+    suite: Suite, name: str, recipe: str, settings: Sequence[str], home: Path, scratch: Path,
     say: Callable[[str], None],
-) -> float:
-    """The value with the best score on the search split; the smaller one among equals."""
+) -> list[str]:  # fmt: skip
+    """The setting with the best score on the search split; the smaller one among equals."""
+    search = suite.search
+    if search is None:
+        return []
+    plain = load_recipe(recipe, settings)
+    metric = search.metric or plain.task.metric
+    highest = plain.method.learning_rate_hint[1]
+    values = search.values.get(name) or [float(f"{highest * f:.3g}") for f in search.times_hint]
     found: dict[float, float] = {}
-    for value in sorted(search.values[name]):
-        changes = [*suite.settings, *search.settings, f"{search.key}={value!r}"]
+    for value in sorted(values):
+        changes = [*settings, *search.settings, f"{search.key}={value!r}"]
         record = _one(recipe, changes, home / f"{name}-{value:g}.json", scratch, say)
         for score in record.final_scores():
-            if (score.split, score.metric) == (search.split, search.metric):
+            if (score.split, score.metric) == (search.split, metric):
                 found[value] = score.value
     if not found:
-        raise InputError(
-            "the suite", [f"no run of '{name}' scored {search.metric} on {search.split}"]
-        )
+        raise InputError("the suite", [f"no run of '{name}' scored {metric} on {search.split}"])
     best = max(found, key=lambda value: found[value])
     table = ", ".join(f"{value:g}: {score:.3f}" for value, score in found.items())
-    say(f"{name}: {search.key} {best:g} ({search.split} {search.metric} by value: {table})")
-    return best
+    say(f"{name}: {search.key} {best:g} ({search.split} {metric} by value: {table})")
+    return [f"{search.key}={best!r}"]
 
 
 def _one(

@@ -1,0 +1,77 @@
+"""Suites: many recipes, one searched value, several seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lowres.core import registry
+from lowres.core.errors import InputError
+from lowres.run import suite as suite_module
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    asked = {
+        "name": "several",
+        "methods": {"recipe": "quickstart.yaml", "tasks": {"a": ["task.data_seed=0"]}},
+        "seeds": [0, 1],
+        "search": {
+            "key": "optimizer.lr", "times_hint": [2, 0.5], "split": "held_out",
+            "settings": ["task.hold_out=50"],
+        },
+    }  # fmt: skip
+    file = folder / "suite.yaml"
+    file.write_text(yaml.safe_dump(asked | changes))
+    return file
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Folder and name of each run, which is not made; the larger rate scores better."""
+    made: list[tuple[str, str]] = []
+
+    def one(recipe: str, changes: Any, target: Path, scratch: Path, say: Any) -> Any:
+        home = target.parent.parent if target.parent.name == "search" else target.parent
+        made.append((home.parent.name, target.stem))
+        rate = float(next(c.partition("=")[2] for c in changes if c.startswith("optimizer.lr")))
+
+        class Record:
+            @staticmethod
+            def final_scores() -> list[Any]:
+                named = {"split": "held_out", "metric": "accuracy", "value": rate}
+                return [type("Score", (), named)]
+
+        return Record()
+
+    monkeypatch.setattr(suite_module, "_one", one)
+    return made
+
+
+def test_a_cut_leaves_whole_comparisons(
+    ran: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: seeds outermost, then tasks; each method is searched with the same number of runs
+    before the first seed of its task."""
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    (tmp_path / "quickstart.yaml").symlink_to(recipe)
+    monkeypatch.chdir(tmp_path)
+    names = [n for n in registry.names("method") if n in ("full", "lora", "houlsby")]
+    methods = {"recipe": "quickstart.yaml", "names": names,
+               "tasks": {"a": ["task.data_seed=0"], "b": ["task.data_seed=1"]}}  # fmt: skip
+    loaded = suite_module.load(written(tmp_path, methods=methods))
+    suite_module.run(loaded, tmp_path / "records", tmp_path / "scratch", lambda _: None)
+    finals = [(folder, stem) for folder, stem in ran if "seed" in stem]
+    wanted = [(f"several-{t}", f"{n}-seed{s}") for s in (0, 1) for t in "ab" for n in names]
+    assert finals == wanted
+    assert len(ran) - len(finals) == 2 * len(names) * 2
+    first = ran.index(finals[0])
+    assert all(folder == "several-a" for folder, _ in ran[:first])
+
+
+def test_recipes_or_methods(tmp_path: Path) -> None:
+    """Behaviour: one of the two, and not both."""
+    with pytest.raises(InputError, match="either recipes or methods"):
+        suite_module.load(written(tmp_path, recipes={"a": "a.yaml"}))
