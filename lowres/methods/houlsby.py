@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from lowres.core.method import Taxonomy
 from lowres.core.parts import PositiveInt, part
 from lowres.methods._adapter import Adapter
-from lowres.methods._adapters import Activation, serial
+from lowres.methods._adapters import Activation, behind_both, serial
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,8 +42,4 @@ class Houlsby(Adapter):
     activation: Activation = "swish"
 
     def pieces(self, model: nn.Module, blocks: Blocks) -> Sequence[Piece]:
-        from lowres.bridges import sites
-
-        behind = [a.out for a in sites.attentions(model, blocks) if not a.cross]
-        behind += [f.down for f in sites.feed_forwards(model, blocks)]
-        return serial(behind, self.reduction, self.activation)
+        return serial(behind_both(model, blocks), self.reduction, self.activation)
