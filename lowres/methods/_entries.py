@@ -159,6 +159,18 @@ def _add(
         into[start * i : start * i + part_oi.numel()] += part_oi.flatten().to(into.device)
 
 
+def least_of_highest(scores: Iterable[torch.Tensor], count: int) -> torch.Tensor:
+    """The least of the `count` highest scores, each tensor a part of them."""
+    import torch
+
+    best: torch.Tensor | None = None
+    for scored in scores:
+        top = _top(scored, count)
+        best = top if best is None else _top(torch.cat([best, top]), count)
+    assert best is not None
+    return best.min()
+
+
 def highest(scores: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
     """The places of the `count` highest scores of all matrices together; of equal ones the first.
 
@@ -166,10 +178,7 @@ def highest(scores: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.T
     """
     import torch
 
-    best = torch.empty(0)
-    for scored in scores.values():
-        best = _top(torch.cat([best, _top(scored, count)]), count)
-    threshold = best.min()
+    threshold = least_of_highest(scores.values(), count)
     left = count - sum(int((scored > threshold).sum()) for scored in scores.values())
     chosen = {}
     for path, scored in scores.items():

@@ -10,9 +10,14 @@ from torch import nn
 
 from lowres.core.delta import Delta, features, place
 
-PARTS = 16
+PARTS = 8
 """S is written out in so many parts, by rows: none of weight size is ever there, and the products
 are those of dense matrices, whose sums have one order on every device."""
+_LEAST = 1 << 16
+"""Numbers below which a matrix is written at once."""
+_BEFORE = 8
+"""Numbers before a part, which let it begin where matrix units want it; the last of them and one
+behind the part take what lies outside."""
 PLACES = torch.int32
 
 
@@ -31,9 +36,11 @@ class _AddSparse(torch.autograd.Function):
         x_Ni = inputs.reshape(-1, inputs.shape[-1]).to(output.dtype)
         y_No = output.reshape(-1, output.shape[-1])
         made_No = torch.empty_like(y_No)
+        parts = _Parts(entries_n, y_No.shape[1], x_Ni)
+        values_n = values_n.to(output.dtype)
         with torch.autocast(output.device.type, enabled=False):
-            for rows, at_n in _parts(entries_n, y_No.shape[1], x_Ni.shape[1]):
-                part_oi = _written(values_n, at_n, rows, x_Ni)
+            for rows, at_n in parts:
+                part_oi = parts.written(rows, at_n, values_n)
                 made_No[:, rows] = torch.addmm(y_No[:, rows], x_Ni, part_oi.t())
         return made_No.view(output.shape)
 
@@ -45,38 +52,50 @@ class _AddSparse(torch.autograd.Function):
         dy_No = gradient.reshape(-1, gradient.shape[-1])
         dx_Ni = torch.zeros_like(x_Ni) if ctx.needs_input_grad[1] else None
         dvalues_n = torch.zeros_like(values_n) if ctx.needs_input_grad[2] else None
+        parts = _Parts(entries_n, dy_No.shape[1], x_Ni)
+        products = _Parts(entries_n, dy_No.shape[1], x_Ni)
+        values_n = values_n.to(gradient.dtype)
         with torch.autocast(gradient.device.type, enabled=False):
-            for rows, at_n in _parts(entries_n, dy_No.shape[1], x_Ni.shape[1]):
+            for rows, at_n in parts:
                 if dvalues_n is not None:
-                    part_oi = dy_No[:, rows].t() @ x_Ni
-                    last = part_oi.numel() - 1
-                    found_n = part_oi.flatten()[at_n.clamp(max=last)].to(dvalues_n.dtype)
-                    dvalues_n += found_n.masked_fill_(at_n > last, 0)
-                    del part_oi, found_n
+                    torch.mm(dy_No[:, rows].t(), x_Ni, out=products.matrix(rows))
+                    products.flat[products.end(rows)] = 0  # as what lies before: no gradient
+                    dvalues_n += products.flat[at_n]
                 if dx_Ni is not None:
-                    dx_Ni.addmm_(dy_No[:, rows], _written(values_n, at_n, rows, x_Ni))
+                    dx_Ni.addmm_(dy_No[:, rows], parts.written(rows, at_n, values_n))
         dx = None if dx_Ni is None else dx_Ni.view(inputs.shape).to(inputs.dtype)
         return gradient, dx, dvalues_n, None
 
 
-def _parts(entries_n: torch.Tensor, o: int, i: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of S, and where each entry lies among them; behind the last place where it does not."""
-    step = -(-o // PARTS)
-    for start in range(0, o, step):
-        rows = slice(start, min(start + step, o))
-        size = (rows.stop - start) * i
-        at_n = entries_n.long() - start * i
-        yield rows, at_n.masked_fill_((at_n < 0) | (at_n >= size), size)
+class _Parts:
+    """The parts of S (o, i), one after the other in the same memory."""
 
+    def __init__(self, entries_n: torch.Tensor, o: int, x_Ni: torch.Tensor) -> None:
+        self.o, self.i = o, int(x_Ni.shape[1])
+        self._entries_n = entries_n.long()
+        self._step: int = o if o * self.i <= _LEAST else -(-o // PARTS)
+        self.flat = x_Ni.new_zeros(_BEFORE + self._step * self.i + 1)
 
-def _written(
-    values_n: torch.Tensor, at_n: torch.Tensor, rows: slice, x_Ni: torch.Tensor
-) -> torch.Tensor:
-    """Some rows of S as a matrix."""
-    o, i = rows.stop - rows.start, x_Ni.shape[1]
-    flat = x_Ni.new_zeros(o * i + 1)
-    flat[at_n] = values_n.to(flat.dtype)
-    return flat[:-1].view(o, i)
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows, and the place of each entry in `flat`."""
+        for start in range(0, self.o, self._step):
+            rows = slice(start, min(start + self._step, self.o))
+            at_n = self._entries_n + (_BEFORE - start * self.i)
+            yield rows, at_n.clamp_(_BEFORE - 1, self.end(rows))
+
+    def matrix(self, rows: slice) -> torch.Tensor:
+        """A part's memory."""
+        return self.flat[_BEFORE : self.end(rows)].view(-1, self.i)
+
+    def written(self, rows: slice, at_n: torch.Tensor, values_n: torch.Tensor) -> torch.Tensor:
+        """The rows of S."""
+        self.flat.zero_()
+        self.flat[at_n] = values_n
+        return self.matrix(rows)
+
+    def end(self, rows: slice) -> int:
+        """The place behind a part."""
+        return _BEFORE + int(rows.stop - rows.start) * self.i
 
 
 def spread(count: int, base: nn.Module) -> torch.Tensor:
