@@ -76,14 +76,16 @@ def test_nothing_of_weight_size_is_made() -> None:
     base, delta = sparse(size, size, count, torch.float32)
     x = torch.randn(positions, size, requires_grad=True)
     base(x).sum().backward()
-    with LiveBytes("cpu") as counted:
+    with LiveBytes("cpu", held=[base.weight]) as counted:
+        before = counted.now_bytes
         delta.change(base(x), x).sum().backward()
     parts, activations, entries = 2 * size * size // PARTS, 8 * positions * size, 6 * count
-    assert counted.peak_bytes <= 4 * (parts + activations + 2 * entries) + 1024
-    assert counted.peak_bytes < 4 * size * size / 2
+    taken = counted.peak_bytes - before
+    assert taken <= 4 * (parts + activations + 2 * entries)
+    assert taken < 4 * size * size / 2
 
 
-def test_it_is_the_forward_pass_of_shira(make: Callable[..., Built]) -> None:
+def test_it_is_the_forward_pass_of_shira() -> None:
     """Reference: PEFT's SHiRA with the same places and values."""
     from peft import ShiraConfig, get_peft_model
 
@@ -169,13 +171,15 @@ def test_sam_choice_takes_the_largest_summed_gradients_of_each_matrix(
         assert found[name].tolist() == sorted(matrix.abs().flatten().topk(count).indices.tolist())
 
 
-@pytest.mark.parametrize("lever", ["nf4_weights", "int8_weights"])
+@pytest.mark.parametrize(
+    "lever", ["nf4_weights", pytest.param("int8_weights", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", CHOSEN)
 def test_the_choice_over_few_bits_is_nearly_that_over_plain_weights(
-    method: str, lever: str, recipe: Callable[..., Any], tmp_path: Path
+    method: str, lever: str, recipe: Callable[..., Any]
 ) -> None:
     """Reference: the choice over plain weights. Behaviour: more than half of it is met, where a
-    draw would meet a twentieth; a run trains, and its plan is what it takes."""
+    draw would meet a twentieth."""
     keys: Any = {
         "model": {"checkpoint": "package:lowres/assets/tiny_lm"},
         "method": {"name": method, "share": 0.05, **CHOSEN[method]},
@@ -202,7 +206,13 @@ def test_the_highest_of_all_matrices_are_exactly_as_many_as_asked() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["fish_mask", "sam_choice", "sara", "diff_pruning"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fish_mask",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("sam_choice", "sara", "diff_pruning")),
+    ],
+)
 def test_a_run_that_died_goes_on_with_what_it_had_chosen(
     method: str, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
