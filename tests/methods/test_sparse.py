@@ -373,3 +373,78 @@ def test_diff_pruning_trains_over_few_bits(recipe: Callable[..., Any], tmp_path:
         objective="label_words", loop={"steps": 2},
     )  # fmt: skip
     assert lowres.run(one, output_folder=tmp_path / "out", quiet=True).outcome == "ok"
+
+
+def test_gradients_of_a_fused_projection_are_those_of_its_outputs_by_its_inputs() -> None:
+    """Reference: autograd on GPT-2's transposed weights, per row."""
+    from types import SimpleNamespace
+
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    paths = [n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"]
+    rows = [torch.randint(50, (1, 6)) for _ in range(3)]
+    wanted = {path: torch.zeros_like(model.get_submodule(path).weight) for path in paths}
+    for row in rows:
+        model.zero_grad()
+        model(row, labels=row).loss.backward()
+        for path in paths:
+            wanted[path] += model.get_submodule(path).weight.grad ** 2
+    model.zero_grad()
+    learner: Any = SimpleNamespace(base=model)
+    sample: Any = SimpleNamespace(loss=lambda _, batch: model(batch["x"], labels=batch["x"]).loss)
+    found = _entries.sums(learner, sample, ({"x": row} for row in rows), paths, power=2)
+    for path in paths:
+        assert torch.allclose(found[path].view(wanted[path].T.shape), wanted[path].T, atol=1e-7)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["fish_mask", "sam_choice", "sara", "diff_pruning"])
+def test_a_saved_adapter_loads_without_memory_of_its_own(
+    method: str, make: Callable[..., Built], tmp_path: Path
+) -> None:
+    """Reference: the adapter that was saved, by its logits; plain PEFT, parameters assigned."""
+    from peft import PeftModel
+
+    built = make(method, fields={"share": 0.1})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in built.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    saved: Any = built.model.eval()
+    saved.save_pretrained(tmp_path)
+    plain: Any = make("full").model.eval()
+    loaded: Any = PeftModel.from_pretrained(plain, tmp_path, low_cpu_mem_usage=True).eval()
+    ids = torch.arange(5, 25).view(1, 20)
+    assert torch.equal(loaded(ids).logits, saved(ids).logits)
+    with saved.disable_adapter():
+        assert not torch.equal(loaded(ids).logits, saved(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "diff_pruning",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("fish_mask", "sam_choice", "sara")),
+    ],
+)
+def test_recomputing_activations_changes_nothing(
+    method: str, recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Reference: the run without it, bit for bit; gates are drawn alike in the second forward
+    pass. Under autocast, where inputs are wider than outputs."""
+    keys: Any = {
+        "method": {"name": method, "share": 0.1, **CHOSEN.get(method, {})},
+        "objective": "label_words",
+        "optimizer": {"name": "adamw", "lr": 0.02},
+        "loop": {"steps": 2, "precision": "bf16"},
+    }
+    plain, again = (
+        lowres.run(
+            recipe(levers=levers, **keys), output_folder=tmp_path / str(len(levers)), quiet=True
+        )
+        for levers in ([], [{"name": "gradient_checkpointing"}])
+    )
+    assert plain.losses == again.losses
