@@ -116,6 +116,12 @@ def linear_targets(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
     return chosen
 
 
+def linear_paths(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
+    """As `linear_targets`, always whole paths, in the order of the model."""
+    found = linear_targets(model, blocks, wanted)
+    return [n for n in _linears(model) if any(n == f or n.endswith("." + f) for f in found)]
+
+
 def _paper_targets(model: nn.Module) -> Sequence[str]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
 

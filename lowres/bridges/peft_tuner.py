@@ -252,3 +252,15 @@ def inject_pieces(
     config = DeltaConfig(method=method, settings=settings)
     config.place(pieces, model)
     return inject(model, config, blocks)
+
+
+def entries_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Module path to the places of the entries that an adapter changes there; what is written into
+    them is the adapter's choice from then on."""
+    return {
+        path.removeprefix("base_model.model."): delta.entries
+        for path, layer in model.named_modules()
+        if isinstance(layer, DeltaLayer)
+        for delta in layer.deltas("default")
+        if hasattr(delta, "entries")
+    }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from lowres.core.example import Batch, Row
     from lowres.core.learner import Learner
@@ -47,3 +49,17 @@ class Sample:
     def loss(self, learner: Learner, batch: Batch) -> torch.Tensor:
         """The mean of the loss over a batch's targets."""
         return self.objective.loss(learner, batch) / max(1, self.objective.targets(batch))
+
+
+@contextlib.contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """Nothing is trained but what the block says; afterwards, what was before."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.grad = None
+            parameter.requires_grad_(required)

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowres.core.sample import untrained
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -32,7 +34,7 @@ def mean_norms(
     for batch in batches:
         squares.zero_()
         with contextlib.ExitStack() as watching:
-            watching.enter_context(_restored(learner.base))
+            watching.enter_context(untrained(learner.base))
             for place, name in enumerate(learner.blocks.names):
                 block = learner.base.get_submodule(name)
                 watching.enter_context(_watched(block, squares[place]))
@@ -92,17 +94,3 @@ def _watched(block: nn.Module, square: torch.Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Nothing is trained but what the block says; afterwards, what was before."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.grad = None
-            parameter.requires_grad_(required)

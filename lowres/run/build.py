@@ -18,6 +18,7 @@ from lowres.core.recipe import Recipe
 from lowres.core.rotation import Rotation
 from lowres.core.sample import Sample
 from lowres.core.scored import Scored
+from lowres.run import choices
 from lowres.run import data as data_module
 
 if TYPE_CHECKING:
@@ -174,13 +175,14 @@ def assemble(
     chosen: Callable[[Learner], None] | None = None,
     adapted: Callable[[Learner], None] | None = None,
     choose: Callable[[Learner], Blocks] | None = None,
+    apply: Callable[[Learner], nn.Module] | None = None,
 ) -> Built:
     """Load the weights and fold in freezing, method, levers and optimizer, in that order.
 
     Args:
         load: Takes the place of `transformers.load_model` (the planner loads shapes).
         chosen, adapted: Called after the freezing has chosen and after the method was applied.
-        choose: Takes the place of `choice_of`.
+        choose, apply: Take the place of `choice_of` and of `choices.apply`.
     """
     import torch
 
@@ -204,7 +206,8 @@ def assemble(
     if chosen is not None:
         chosen(learner)
     torch.manual_seed(seed)
-    learner.module = learner.base = recipe.method.apply(model, learner.blocks)
+    applied = apply(learner) if apply else choices.apply(recipe, learner, sample_of(recipe, inputs))
+    learner.module = learner.base = applied
     if adapted is not None:
         adapted(learner)
     learner = fold(learner, recipe.levers, "on_learner")
@@ -250,7 +253,7 @@ def keep(chosen: Sequence[str] | None) -> Callable[[Learner], Blocks] | None:
 
 
 def sample_of(recipe: Recipe, inputs: Inputs, largest_only: bool = False) -> Sample:
-    """The training rows for a freezing that looks at data."""
+    """The training rows for a part that looks at data."""
     side = recipe.objective.padding_side("train", recipe.task, inputs.kind)
 
     def make(rows: Sequence[Row]) -> Batch:

@@ -37,6 +37,7 @@ class Progress:
         micro_batch_size: In use; smaller than the recipe's after recovering from lack of memory.
         train_seconds: Spent in updates, over all parts of a run that was resumed.
         chosen: Blocks that a freezing chose by looking at data, which need not choose them again.
+        entries: How many entries of each module a method chose so; which, its adapter knows.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Progress:
     scores: list[dict[str, Any]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     chosen: list[str] | None = None
+    entries: dict[str, int] | None = None
 
 
 def save(accelerator: Any, output: Path, progress: Progress, keep: int) -> int:

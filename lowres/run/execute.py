@@ -19,7 +19,7 @@ from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
 from lowres.memory.meter import Meter
-from lowres.run import build, checkpoint, environment, output, processes
+from lowres.run import build, checkpoint, choices, environment, output, processes
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
 from lowres.run.held import held
@@ -66,10 +66,10 @@ def execute(
     session: TrainingSession | None = None
     refused = False
     try:
-        resumed, chosen = None, None
+        resumed, chosen, entries = None, None, None
         if found is not None:
             resumed = (found, checkpoint.progress_of(found, recipe.digest, recipe.resolved()))
-            chosen = resumed[1].chosen
+            chosen, entries = resumed[1].chosen, resumed[1].entries
             output.stop_if_finished(folder, found)
         processes.check(recipe, accelerator.num_processes)
         _limit(recipe, accelerator, reporter)
@@ -86,7 +86,8 @@ def execute(
         peft.preload()
         meter.start()
         with meter.phase("load", lambda: ()), transformers.loading_in_this_thread():
-            built = build.assemble(recipe, inputs, choose=build.keep(chosen))
+            made = choices.again(recipe, entries)
+            built = build.assemble(recipe, inputs, choose=build.keep(chosen), apply=made)
             module, optimizer = accelerator.prepare(built.model, built.optimizer)
         if accelerator.is_main_process:
             output.write_recipe(folder, recipe)

@@ -26,13 +26,14 @@ from lowres.core.engine import Engine
 from lowres.core.errors import LowresError
 from lowres.core.learner import Learner
 from lowres.core.recipe import Recipe
+from lowres.core.sample import Sample
 from lowres.core.scored import Scored
 from lowres.memory.extend import DoesNotRepeat, extend
 from lowres.memory.places import following
 from lowres.memory.trace import Trace
 from lowres.memory.tracer import TraceFailed, Tracer
 from lowres.memory.translate import Target, translating
-from lowres.run import build, portions, scenes
+from lowres.run import build, choices, portions, scenes
 from lowres.run.categories import Categories
 from lowres.run.data import updates_of
 from lowres.run.gradients import make_gradients, micro_batches
@@ -159,6 +160,7 @@ class _Stage:
                 chosen=self._shorten if self.quick else None,
                 adapted=self._adapted,
                 choose=self._choose,
+                apply=functools.partial(choices.expected, self.recipe, self._look),
             )
             module, optimizer = self.accelerator.prepare(built.model, built.optimizer)
         load = tracer.start_anew()
@@ -222,16 +224,15 @@ class _Stage:
     def _choose(self, learner: Learner) -> Blocks:
         recipe, names = self.recipe, learner.blocks.names
         self.shown = portions.updates_shown(recipe, self.inputs.data, names)
-        sample = build.sample_of(recipe, self.inputs, largest_only=True)
         if not isinstance(recipe.freezing, Scored):
-            return recipe.freezing.blocks(learner, sample)
-        if not self.quick:
-            # Where weights are loaded, that is where the choice is made.
-            quantised = any(True for _ in quantisation_states(learner.base))
-            on = translating(self.tracer, self.target) if quantised else contextlib.nullcontext()
-            with on:
-                recipe.freezing.scores(learner, sample)
+            return recipe.freezing.blocks(learner, build.sample_of(recipe, self.inputs))
+        self._look(recipe.freezing.scores, learner)
         return Scored.keep(learner.blocks, recipe.freezing.costliest(names))
+
+    def _look(self, at: Callable[[Learner, Sample], object], learner: Learner) -> None:
+        if not self.quick:
+            sample = build.sample_of(self.recipe, self.inputs, largest_only=True)
+            scenes.look(at, learner, sample, self.tracer, self.target)
 
     def _shorten(self, learner: Learner) -> None:
         model, blocks = peft.unwrap_adapted(learner.base), learner.blocks

@@ -17,13 +17,25 @@ from lowres.core.engine import Engine
 from lowres.core.example import Row, collate
 from lowres.core.learner import Learner
 from lowres.core.recipe import Recipe
+from lowres.core.sample import Sample
 from lowres.memory.trace import OUTSIDE
 from lowres.memory.tracer import Tracer
-from lowres.memory.translate import Target
+from lowres.memory.translate import Target, translating
 from lowres.run.data import Data
 
 TRACED_TOKENS = 3
 """Generated tokens that are traced; the cache of keys and values grows evenly with the others."""
+
+
+def look(
+    at: Callable[[Learner, Sample], object], learner: Learner, sample: Sample, tracer: Tracer,
+    target: Target,
+) -> None:  # fmt: skip
+    """Let a part look at training rows before it chooses."""
+    # Where weights are loaded, that is where the choice is made.
+    quantised = any(True for _ in quantisation_states(learner.base))
+    with translating(tracer, target) if quantised else contextlib.nullcontext():
+        at(learner, sample)
 
 
 class Staged:

@@ -23,9 +23,8 @@ from lowres.core.parts import values
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Score, StepTime
 from lowres.core.rotation import Rotation
-from lowres.core.scored import Scored
 from lowres.memory.meter import Meter
-from lowres.run import checkpoint
+from lowres.run import checkpoint, choices
 from lowres.run.checkpoint import Progress
 from lowres.run.data import Data, Order, updates_of
 from lowres.run.gradients import make_gradients, micro_batches
@@ -80,8 +79,7 @@ class TrainingSession:
         self._warmup = round(loop.warmup_ratio * self.total)
         self.scores: list[Score] = []
         self.progress = Progress(0, recipe.digest, recipe.resolved(), loop.micro_batch_size)
-        if isinstance(recipe.freezing, Scored):
-            self.progress.chosen = sorted(learner.blocks.trained)
+        self.progress.chosen, self.progress.entries = choices.made(recipe, learner)
         if resume is not None:
             folder, self.progress = resume
             self.scores = [Score(**s) for s in self.progress.scores]
