@@ -14,6 +14,7 @@ from unittest import mock
 
 from lowres.bridges import stand_ins
 from lowres.bridges import transformers as bridge
+from lowres.bridges.kinds import auto_class
 from lowres.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,11 +80,10 @@ def load_shapes(
             have been left out; None does it at once.
     """
     import torch
-    import transformers
 
     from lowres.bridges import narrow
 
-    auto = getattr(transformers, bridge._AUTO[request.head])
+    auto = auto_class(request.head, config)
     if request.head == "classification":
         config.num_labels = request.labels
     torch.manual_seed(seed)
@@ -179,6 +179,7 @@ def _fresh(request: LoadRequest, model: Any) -> list[str]:
     stored = _stored_names(request.checkpoint)
     if not stored:
         return [name for name in names if not name.startswith(inside)]
+    stored |= _renamed(stored, model)
     return [
         name
         for name in names
@@ -186,6 +187,17 @@ def _fresh(request: LoadRequest, model: Any) -> list[str]:
         # Files of older versions name the parameters of norms otherwise.
         and not name.endswith(("LayerNorm.weight", "LayerNorm.bias"))
     ]
+
+
+def _renamed(stored: set[str], model: Any) -> set[str]:
+    """Names in a file as transformers' loading changes them to the model's (ViT's layers)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    others = [change for change in changes if not isinstance(change, WeightRenaming)]
+    return {rename_source_key(name, renamings, others)[0] for name in stored}
 
 
 def _stored_names(checkpoint: str) -> set[str]:
@@ -272,8 +284,6 @@ def missing_pad_token(checkpoint: str) -> str | None:
 
 def has_fused_attention(config: Any, head: Head) -> bool:
     """Whether transformers has the model with torch's fused attention."""
-    import transformers
-
-    auto: Any = getattr(transformers, bridge._AUTO[head])
+    auto = auto_class(head, config)
     cls = auto._model_mapping[type(config)]
     return bool(getattr(cls[0] if isinstance(cls, tuple) else cls, "_supports_sdpa", False))
