@@ -174,22 +174,24 @@ def _fresh(request: LoadRequest, model: Any) -> list[str]:
     """
     if request.head != "classification":
         return []
-    names = [name for name, _ in model.named_parameters()]
     inside = model.base_model_prefix + "."
-    stored = _stored_names(request.checkpoint)
+    stored = _stored_shapes(request.checkpoint)
     if not stored:
-        return [name for name in names if not name.startswith(inside)]
+        return [name for name, _ in model.named_parameters() if not name.startswith(inside)]
     stored |= _renamed(stored, model)
-    return [
-        name
-        for name in names
-        if not {name, name.removeprefix(inside), inside + name} & stored
+
+    def held(name: str, parameter: torch.Tensor) -> bool:
+        for known in (name, name.removeprefix(inside), inside + name):
+            if known in stored:
+                # A head over other classes; within the base model quantisation changes shapes.
+                return name.startswith(inside) or stored[known] == tuple(parameter.shape)
         # Files of older versions name the parameters of norms otherwise.
-        and not name.endswith(("LayerNorm.weight", "LayerNorm.bias"))
-    ]
+        return name.endswith(("LayerNorm.weight", "LayerNorm.bias"))
+
+    return [name for name, parameter in model.named_parameters() if not held(name, parameter)]
 
 
-def _renamed(stored: set[str], model: Any) -> set[str]:
+def _renamed(stored: dict[str, tuple[int, ...]], model: Any) -> dict[str, tuple[int, ...]]:
     """Names in a file as transformers' loading changes them to the model's (ViT's layers)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -197,12 +199,16 @@ def _renamed(stored: set[str], model: Any) -> set[str]:
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     others = [change for change in changes if not isinstance(change, WeightRenaming)]
-    return {rename_source_key(name, renamings, others)[0] for name in stored}
+    return {rename_source_key(n, renamings, others)[0]: shape for n, shape in stored.items()}
 
 
-def _stored_names(checkpoint: str) -> set[str]:
-    """Names in the safetensors headers of a local checkpoint; nothing where there are none."""
-    return {name for file in _files(checkpoint) for name in file.keys()}
+def _stored_shapes(checkpoint: str) -> dict[str, tuple[int, ...]]:
+    """What the safetensors headers of a local checkpoint name; nothing where there are none."""
+    return {
+        name: tuple(file.get_slice(name).get_shape())
+        for file in _files(checkpoint)
+        for name in file.keys()
+    }
 
 
 def _stored_dtype(checkpoint: str) -> torch.dtype | None:

@@ -147,6 +147,8 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=request.trust_remote_code,
                 output_loading_info=True,
+                # A head over other classes is made anew; `map_blocks` refuses what else would be.
+                ignore_mismatched_sizes=request.head == "classification",
                 **request.options,
             )
             fresh = sorted(set(report["missing_keys"]) | {k[0] for k in report["mismatched_keys"]})

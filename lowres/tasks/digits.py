@@ -32,8 +32,8 @@ class Digits(Task):
     """One image; which digit is it?
 
     Args:
-        negative: Whether black and white change places in all splits: a domain to adapt a model to
-            that has learned the images as they are.
+        moved: Whether the images of all splits are moved: a domain to adapt a model to that has
+            learned them as they are.
     """
 
     version = 1
@@ -45,7 +45,7 @@ class Digits(Task):
         " zero", " one", " two", " three", " four", " five", " six", " seven", " eight", " nine",
     )  # fmt: skip
 
-    negative: bool = False
+    moved: bool = False
 
     def splits(self) -> tuple[str, ...]:
         return tuple(SPLITS)
@@ -54,7 +54,7 @@ class Digits(Task):
         if split not in SPLITS:
             reason = f"no split is named '{split}'; there are {', '.join(SPLITS)}"
             raise InputError(f"the task '{self.name}'", [Problem("task.evaluate", reason)])
-        return _rows(self.negative)[split]
+        return _rows(self.moved)[split]
 
     def score(
         self, examples: Sequence[Example], predictions: Sequence[Prediction]
@@ -66,22 +66,20 @@ class Digits(Task):
 
 
 @functools.lru_cache(maxsize=2)
-def _rows(negative: bool) -> dict[str, tuple[Example, ...]]:
+def _rows(all_moved: bool) -> dict[str, tuple[Example, ...]]:
     """The rows of each split; an id names the split and the image's place in the data set."""
     from lowres.bridges.sklearn import digits
 
-    images, rng = digits(), random.Random("digits")
+    images = digits()
     order = list(range(len(images)))
-    rng.shuffle(order)
+    random.Random("digits").shuffle(order)
     rows, start = {}, 0
     for split, count in SPLITS.items():
-        made = []
+        rng, made = random.Random(f"digits-{split}"), []
         for place in order[start : start + count]:
             shades, label = images[place]
-            if split == "out_of_domain":
+            if all_moved or split == "out_of_domain":
                 shades = moved(shades, *rng.choice([(0, 1), (0, -1), (1, 0), (-1, 0)]))
-            if negative:
-                shades = bytes(WHITE - shade for shade in shades)
             made.append(_example(f"{split}-{place}", shades, label))
         rows[split] = tuple(made)
         start += count
