@@ -286,8 +286,7 @@ class _Stage:
                 self.categories.put_gradients(learner)
             on_card = self.target.kind == "cuda"
             self.categories.batches(batches, only if on_card else range(len(batches)))
-            passes = len(batches) / len(only)
-            traced = sum(all_tokens(batches[number]) for number in only)
+            passes, traced = len(batches) / len(only), sum(all_tokens(batches[n]) for n in only)
             tracer.costing = last
             told = scenes.Staged(engine, tracer, self.categories.gradients)
             make_gradients(recipe.objective, learner, told, self.accelerator, batches, 0, only,
