@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lowres.bridges import transformers as bridge
+from lowres.bridges.kinds import auto_class, kind_of
 from lowres.core.learner import LoadRequest
 
 _TILE = 1 << 22
@@ -39,11 +40,10 @@ def fresh_model(
     request: LoadRequest, config: Any, pad_id: int, seed: int
 ) -> tuple[nn.Module, list[str]]:
     """As `bridges.transformers.load_model` with fresh weights: the same tensors, other values."""
-    import transformers
     from transformers.initialization import no_init_weights
 
     assert request.init == "random"
-    auto = getattr(transformers, bridge._AUTO[request.head])
+    auto = auto_class(request.head, config)
     if request.head == "classification":
         config.num_labels = request.labels
     with bridge._explained(request.checkpoint), bridge._quiet(), no_init_weights():
@@ -85,10 +85,8 @@ def checkpoint(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
 
 def _shapes(config: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Size]]:
     """Of the tensors that a file of this model holds: tied ones once, no classification head."""
-    import transformers
-
-    head = _HEADS[bridge.kind_of(config)]
-    auto = getattr(transformers, bridge._AUTO[head])
+    head = _HEADS[kind_of(config)]
+    auto = auto_class(head, config)
     with torch.device("meta"), bridge._quiet():
         model = auto.from_config(config, dtype=dtype)
     model.tie_weights()

@@ -75,17 +75,17 @@ def outside_blocks(request: LoadRequest) -> list[str]:
     All of them, because a layer that the checkpoint does not hold would be replaced but never
     quantised, and fail at its first use (transformers 5.23).
     """
-    import transformers
     from transformers.pytorch_utils import Conv1D
 
     from lowres.bridges import transformers as ours
     from lowres.bridges.blocks import map_blocks
+    from lowres.bridges.kinds import auto_class
 
     config = ours.load_config(request.checkpoint, request.revision, request.trust_remote_code)
     if request.head == "classification":
         config.num_labels = request.labels
     with torch.device("meta"), ours._quiet():
-        skeleton = getattr(transformers, ours._AUTO[request.head]).from_config(
+        skeleton = auto_class(request.head, config).from_config(
             config, trust_remote_code=request.trust_remote_code
         )
     blocks = tuple(f"{name}." for name in map_blocks(skeleton, [], True, True).names)

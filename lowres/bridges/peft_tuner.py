@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import nn
 
 from lowres.core.delta import Delta
+from lowres.core.errors import LowresError
 
 if TYPE_CHECKING:
     from lowres.core.blocks import Blocks
@@ -222,6 +223,12 @@ class DeltaTuner(BaseTuner):
                         f"an adapter of '{config.method}' cannot be merged: what it adds is no "
                         "change of a weight; keep it beside the model"
                     )
+        for path, module in self.model.named_modules():
+            if isinstance(module, DeltaLayer):
+                for delta in (d for name in self.peft_config for d in module.deltas(name)):
+                    why = delta.unfoldable(module.get_base_layer())
+                    if why is not None:
+                        raise LowresError(f"the adapter is not merged: at {path}, {why}")
 
 
 def _found(config: DeltaConfig, model: nn.Module) -> Sequence[Piece]:

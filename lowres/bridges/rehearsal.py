@@ -14,6 +14,7 @@ from unittest import mock
 
 from lowres.bridges import stand_ins
 from lowres.bridges import transformers as bridge
+from lowres.bridges.kinds import auto_class
 from lowres.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,11 +80,10 @@ def load_shapes(
             have been left out; None does it at once.
     """
     import torch
-    import transformers
 
     from lowres.bridges import narrow
 
-    auto = getattr(transformers, bridge._AUTO[request.head])
+    auto = auto_class(request.head, config)
     if request.head == "classification":
         config.num_labels = request.labels
     torch.manual_seed(seed)
@@ -174,23 +174,41 @@ def _fresh(request: LoadRequest, model: Any) -> list[str]:
     """
     if request.head != "classification":
         return []
-    names = [name for name, _ in model.named_parameters()]
     inside = model.base_model_prefix + "."
-    stored = _stored_names(request.checkpoint)
+    stored = _stored_shapes(request.checkpoint)
     if not stored:
-        return [name for name in names if not name.startswith(inside)]
-    return [
-        name
-        for name in names
-        if not {name, name.removeprefix(inside), inside + name} & stored
+        return [name for name, _ in model.named_parameters() if not name.startswith(inside)]
+    stored |= _renamed(stored, model)
+
+    def held(name: str, parameter: torch.Tensor) -> bool:
+        for known in (name, name.removeprefix(inside), inside + name):
+            if known in stored:
+                # A head over other classes; within the base model quantisation changes shapes.
+                return name.startswith(inside) or stored[known] == tuple(parameter.shape)
         # Files of older versions name the parameters of norms otherwise.
-        and not name.endswith(("LayerNorm.weight", "LayerNorm.bias"))
-    ]
+        return name.endswith(("LayerNorm.weight", "LayerNorm.bias"))
+
+    return [name for name, parameter in model.named_parameters() if not held(name, parameter)]
 
 
-def _stored_names(checkpoint: str) -> set[str]:
-    """Names in the safetensors headers of a local checkpoint; nothing where there are none."""
-    return {name for file in _files(checkpoint) for name in file.keys()}
+def _renamed(stored: dict[str, tuple[int, ...]], model: Any) -> dict[str, tuple[int, ...]]:
+    """Names in a file as transformers' loading changes them to the model's (ViT's layers)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    others = [change for change in changes if not isinstance(change, WeightRenaming)]
+    return {rename_source_key(n, renamings, others)[0]: shape for n, shape in stored.items()}
+
+
+def _stored_shapes(checkpoint: str) -> dict[str, tuple[int, ...]]:
+    """What the safetensors headers of a local checkpoint name; nothing where there are none."""
+    return {
+        name: tuple(file.get_slice(name).get_shape())
+        for file in _files(checkpoint)
+        for name in file.keys()
+    }
 
 
 def _stored_dtype(checkpoint: str) -> torch.dtype | None:
@@ -272,8 +290,6 @@ def missing_pad_token(checkpoint: str) -> str | None:
 
 def has_fused_attention(config: Any, head: Head) -> bool:
     """Whether transformers has the model with torch's fused attention."""
-    import transformers
-
-    auto: Any = getattr(transformers, bridge._AUTO[head])
+    auto = auto_class(head, config)
     cls = auto._model_mapping[type(config)]
     return bool(getattr(cls[0] if isinstance(cls, tuple) else cls, "_supports_sdpa", False))

@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from lowres.bridges.kinds import auto_class
 from lowres.core.errors import InputError, Problem
-from lowres.core.learner import Kind, LoadRequest
+from lowres.core.learner import LoadRequest
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_AUTO = {
-    "causal": "AutoModelForCausalLM",
-    "masked": "AutoModelForMaskedLM",
-    "classification": "AutoModelForSequenceClassification",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-}
 _PACKAGE_PREFIX = "package:"
 
 
@@ -114,30 +109,6 @@ def load_config(checkpoint: str, revision: str | None, trust_remote_code: bool) 
         )
 
 
-def kind_of(config: Any) -> Kind:
-    """decoder, encoder or encoder_decoder. Raises InputError for anything else."""
-    from transformers.models.auto import modeling_auto as auto
-
-    if getattr(config, "is_encoder_decoder", False):
-        return "encoder_decoder"
-    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        config, "is_decoder", False
-    ):
-        return "encoder"
-    if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "decoder"
-    raise InputError(
-        "the recipe",
-        [
-            Problem(
-                "model.checkpoint",
-                f"its model type '{config.model_type}' is no text decoder, encoder or "
-                "encoder-decoder that transformers' Auto classes know",
-            )
-        ],
-    )
-
-
 def load_model(
     request: LoadRequest, config: Any, pad_id: int, seed: int
 ) -> tuple[nn.Module, list[str]]:
@@ -151,9 +122,8 @@ def load_model(
         of parameters that were made anew.
     """
     import torch
-    import transformers
 
-    auto = getattr(transformers, _AUTO[request.head])
+    auto = auto_class(request.head, config)
     dtype = getattr(torch, request.dtype)
     if request.head == "classification":
         config.num_labels = request.labels
@@ -177,6 +147,8 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=request.trust_remote_code,
                 output_loading_info=True,
+                # A head over other classes is made anew; `map_blocks` refuses what else would be.
+                ignore_mismatched_sizes=request.head == "classification",
                 **request.options,
             )
             fresh = sorted(set(report["missing_keys"]) | {k[0] for k in report["mismatched_keys"]})

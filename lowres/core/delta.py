@@ -66,6 +66,10 @@ class Delta(nn.Module):
         where the mathematics allows no merge."""
         raise NotImplementedError
 
+    def unfoldable(self, base: nn.Module) -> str | None:
+        """Why `fold` has no place in this module, where it is defined; asked before any merge."""
+        return None
+
     def borrow(self, name: str, other: Delta) -> None:
         """Keep another delta as the attribute `name` without owning its parameters."""
         object.__setattr__(self, name, other)

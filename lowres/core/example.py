@@ -1,6 +1,6 @@
 """What a task hands out and what an objective makes of it.
 
-Example (words)  --objective.rows-->  Row (token ids)  --collate-->  Batch (tensors)
+Example (words or an image)  --objective.rows-->  Row (token ids)  --collate-->  Batch (tensors)
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from lowres.core.images import Image, stacked
 
 if TYPE_CHECKING:
     import torch
@@ -22,19 +24,21 @@ Purpose = Literal["train", "predict"]
 
 Batch: TypeAlias = "dict[str, torch.Tensor]"
 """`input_ids`, `attention_mask` (B, T), `labels` (B, S), and what else the model takes. Without an
-`attention_mask` every position is a real token."""
+`attention_mask` every position is a real token. Of images `pixel_values` (B, C, H, W) in place of
+`input_ids`; each patch is a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of a data set, in words.
+    """One row of a data set, in words or as an image.
 
     Args:
         id: Unique within its task; ends up in the predictions file.
-        text: The text, or the prompt of an answer.
+        text: The text, or the prompt of an answer; of an image a drawing of it in characters.
         pair: The second text of a pair.
         label: Index into the task's labels.
         answer: The text to be produced after `text`.
+        image: What a vision model reads.
     """
 
     id: str
@@ -42,6 +46,7 @@ class Example:
     pair: str | None = None
     label: int | None = None
     answer: str | None = None
+    image: Image | None = None
 
 
 @dataclass(slots=True)
@@ -56,6 +61,7 @@ class Row:
         truncated: Tokens cut off so that it fits into `max_length`.
         start: Tokens of the training rows before it, in the data set's order; None of a row that is
             none of them.
+        image: In place of `input_ids`; its tokens are told by `attention_mask`.
     """
 
     id: str
@@ -63,10 +69,11 @@ class Row:
     labels: Sequence[int]
     truncated: int = 0
     start: int | None = None
+    image: Image | None = None
 
     @property
     def length(self) -> int:
-        return len(self.inputs["input_ids"])
+        return len(self.inputs["input_ids" if self.image is None else "attention_mask"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,12 @@ class Prediction:
 def real_tokens(batch: Batch) -> int:
     """Tokens of a batch that are no padding."""
     mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+    return all_tokens(batch) if mask is None else int(mask.sum())
+
+
+def all_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding included."""
+    return batch["input_ids" if "input_ids" in batch else "attention_mask"].numel()
 
 
 def collate(rows: Sequence[Row], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:
@@ -109,5 +121,8 @@ def collate(rows: Sequence[Row], pad_id: int, side: Literal["left", "right"] = "
     }
     if "attention_mask" not in batch:
         batch["attention_mask"] = stack([[1] * row.length for row in rows], 0)
+    images = [row.image for row in rows if row.image is not None]
+    if images:
+        batch["pixel_values"] = stacked(images)
     batch["labels"] = stack([row.labels for row in rows], IGNORED)
     return batch

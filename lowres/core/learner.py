@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from lowres.core.blocks import Blocks
 
-Kind = Literal["decoder", "encoder", "encoder_decoder"]
+Kind = Literal["decoder", "encoder", "encoder_decoder", "vision"]
 Head = Literal["causal", "masked", "classification", "seq2seq"]
 
 
@@ -47,7 +47,7 @@ class Encoder:
     """The tokenizer with the limits that rows must keep.
 
     Args:
-        tokenizer: A transformers tokenizer.
+        tokenizer: A transformers tokenizer; of a vision model an `ImageReader`.
         kind: Of the model the rows are for.
         max_length: Longest row in tokens.
     """
@@ -75,8 +75,8 @@ class Learner:
     Args:
         module: What is called; under several processes the data-parallel wrapper.
         base: The model itself, never wrapped.
-        tokenizer: Its tokenizer.
-        kind: decoder, encoder or encoder_decoder.
+        tokenizer: Its tokenizer, or `ImageReader`.
+        kind: decoder, encoder, encoder_decoder or vision.
         head: What its output is.
         blocks: The map of its parameters.
         remarks: What levers did that a reader of the record should know; the session says it.
@@ -104,6 +104,9 @@ class Learner:
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         if self.head == "seq2seq":
             inputs["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
+        elif self.kind == "vision":
+            # It tells how many tokens there are; no patch is padding.
+            inputs.pop("attention_mask", None)
         if positions is None:
             return cast("torch.Tensor", self.module(**inputs).logits)
         if "logits_to_keep" in forward_arguments(self.base):

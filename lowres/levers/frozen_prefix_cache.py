@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lowres.core.errors import InputError, Problem
 from lowres.core.parts import Lever, part
 from lowres.core.rotation import Rotating
 
@@ -79,6 +80,9 @@ class FrozenPrefixCache(Lever):
         from lowres.core.paths import cache_folder
         from lowres.levers._prefix_states import PrefixStates
 
+        if learner.kind == "vision":
+            text = "knows rows by their token ids, and images have none; drop the lever"
+            raise InputError("the recipe", [Problem("levers", f"'{self.name}' {text}")])
         prefix = prefix_cache.frozen_prefix(learner)
         side = recipe.objective.padding_side("train", recipe.task, learner.kind)
         folder = cache_folder() / "frozen_prefix"

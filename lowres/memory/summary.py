@@ -39,7 +39,8 @@ class Summary:
 
     Args:
         names: Paths of all blocks of the model, by place.
-        vocabulary: Rows of the embedding table; tensors of that width in a step are logits.
+        vocabulary: Rows of the embedding table; tensors of that width in a step are logits. 0
+            where there is none.
     """
 
     def __init__(self, trace: Trace, names: Sequence[str], vocabulary: int) -> None:
@@ -112,7 +113,8 @@ def category_of(birth: Birth, vocabulary: int) -> Category:
     """What a tensor is, from where it came."""
     if birth.category:
         return cast("Category", birth.category)
-    if birth.width == vocabulary and birth.stage in ("forward", "backward", "predict"):
+    in_step = birth.stage in ("forward", "backward", "predict")
+    if vocabulary and birth.width == vocabulary and in_step:
         return "logits"
     if birth.stage in ("forward", "recomputation", "predict"):
         return "activations"

@@ -21,9 +21,14 @@ class BiasDelta(Delta):
         bias = base.bias
         assert isinstance(bias, torch.Tensor)
         self.bias = nn.Parameter(torch.zeros_like(bias))
+        # Channels come before the places of an image (the patches of a vision transformer).
+        weight: Any = base.weight
+        convolves = isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        self._behind = weight.dim() - 2 if convolves else 0
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return output + self.bias.to(output.dtype)
+        bias = self.bias.to(output.dtype)
+        return output + bias.view(-1, *(1,) * self._behind)
 
     def fold(self, base: nn.Module, sign: int) -> None:
         bias = base.bias

@@ -1,10 +1,10 @@
-"""A fresh linear head over the text's representation, cross-entropy over the task's labels.
+"""A fresh linear head over the text's or image's representation, cross-entropy over its labels.
 
 Paper: BERT: Pre-training of Deep Bidirectional Transformers, Devlin et al. 2018 (section 4.1).
 https://arxiv.org/abs/1810.04805
 
 Departs from the paper: decoders are read at their last token (transformers' sequence
-classification).
+classification), vision transformers at their class token.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lowres.core.example import Asks, Batch, Example, Prediction, Purpose, Row
 from lowres.core.parts import Objective, Task, part
+from lowres.objectives._images import image_row
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ class Classification(Objective):
         "encoder": "classification",
         "decoder": "classification",
         "encoder_decoder": "classification",
+        "vision": "classification",
     }
     serves: ClassVar[frozenset[Asks]] = frozenset({"label"})
 
@@ -43,6 +45,8 @@ class Classification(Objective):
     def rows(
         self, task: Task, examples: Sequence[Example], encoder: Encoder, purpose: Purpose
     ) -> list[Row]:
+        if encoder.kind == "vision":
+            return [image_row(example, encoder) for example in examples]
         rows = []
         for example in examples:
             texts = (example.text,) if example.pair is None else (example.text, example.pair)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from lowres.bridges import blocks, rehearsal, transformers
+from lowres.bridges.kinds import image_reader, kind_of, vocabulary_of
 from lowres.core.errors import InputError
 from lowres.core.example import Example
+from lowres.core.images import Image
 from lowres.core.learner import Encoder
 from lowres.core.recipe import Recipe
 from lowres.run import build, data
@@ -25,9 +28,9 @@ def inputs_for(recipe: Recipe) -> tuple[Inputs, str]:
     """
     wanted = recipe.model
     config = config_of(wanted.checkpoint, wanted.revision, wanted.trust_remote_code)
-    kind = transformers.kind_of(config)
+    kind = kind_of(config)
     build.stop_at_wrong_kind(recipe, kind)
-    config_only = not rehearsal.has_tokenizer(wanted.checkpoint)
+    config_only = kind != "vision" and not rehearsal.has_tokenizer(wanted.checkpoint)
     if not config_only:
         try:
             splits = data.read(recipe)
@@ -53,16 +56,20 @@ def assumed_inputs(recipe: Recipe, config: Any = None) -> Inputs:
         wanted = recipe.model
         config = config_of(wanted.checkpoint, wanted.revision, wanted.trust_remote_code)
     blocks.set_dropout(config, recipe.model.dropout)
-    kind = transformers.kind_of(config)
-    words = tuple(getattr(recipe.objective, "words", None) or recipe.task.label_words)
-    vocabulary = config.get_text_config().vocab_size
-    limit = getattr(config, "max_position_embeddings", None) or 1 << 20
-    typed = getattr(config, "type_vocab_size", 0) > 0
-    tokenizer = rehearsal.stand_in_tokenizer(vocabulary, words, limit, typed)
+    kind = kind_of(config)
+    tokenizer = image_reader(config) if kind == "vision" else _stand_in(recipe, config)
     build.stop_at_position_limit(recipe, config, tokenizer, kind)
     encoder = Encoder(tokenizer, kind, recipe.loop.max_length)
     head = recipe.objective.heads[kind]
     return Inputs(config, kind, head, tokenizer, encoder, _rows(recipe, encoder))
+
+
+def _stand_in(recipe: Recipe, config: Any) -> Any:
+    """A tokenizer that knows the words of the recipe."""
+    words = tuple(getattr(recipe.objective, "words", None) or recipe.task.label_words)
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 20
+    typed = getattr(config, "type_vocab_size", 0) > 0
+    return rehearsal.stand_in_tokenizer(vocabulary_of(config), words, limit, typed)
 
 
 def config_of(checkpoint: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -84,7 +91,7 @@ def config_of(checkpoint: str, revision: str | None = None, trust_remote_code: b
 def _rows(recipe: Recipe, encoder: Encoder) -> data.Data:
     """As many rows as an update and an evaluation batch take, cut to the allowed length."""
     loop, task = recipe.loop, recipe.task
-    example = _example(recipe)
+    example = _example(recipe, encoder)
     size = loop.eval_batch_size or loop.micro_batch_size
     train = recipe.objective.rows(task, [example], encoder, "train")[:1]
     data.number(train)
@@ -96,9 +103,12 @@ def _rows(recipe: Recipe, encoder: Encoder) -> data.Data:
     )
 
 
-def _example(recipe: Recipe) -> Example:
+def _example(recipe: Recipe, encoder: Encoder) -> Example:
     words: Any = lambda n: " ".join(["word"] * n)
     length = recipe.loop.max_length
+    if encoder.kind == "vision":
+        shape = encoder.tokenizer.shape
+        return Example("assumed", "", label=0, image=Image(bytes(math.prod(shape)), shape))
     if recipe.task.asks == "label":
         return Example("assumed", words(2 * length), label=0)
     if recipe.task.asks == "answer":

@@ -79,12 +79,13 @@ def read(recipe: Recipe, splits: data_module.Splits | None = None) -> Inputs:
     Raises:
         InputError: With every problem of checkpoint and data, and how to mend each.
     """
+    from lowres.bridges.kinds import vocabulary_of
+
     (config, kind, tokenizer), splits = _all(
         lambda: _read_model(recipe), lambda: splits or data_module.read(recipe)
     )
     encoder = Encoder(tokenizer, kind, recipe.loop.max_length)
-    vocabulary = config.get_text_config().vocab_size
-    data = data_module.encode(recipe, splits, encoder, vocabulary)
+    data = data_module.encode(recipe, splits, encoder, vocabulary_of(config))
     return Inputs(config, kind, recipe.objective.heads[kind], tokenizer, encoder, data)
 
 
@@ -103,15 +104,19 @@ def _all(*steps: Callable[[], Any]) -> list[Any]:
 
 
 def _read_model(recipe: Recipe) -> tuple[Any, Kind, Any]:
-    from lowres.bridges import blocks, transformers
+    from lowres.bridges import blocks, kinds, transformers
 
     wanted = recipe.model
     source = (wanted.checkpoint, wanted.revision, wanted.trust_remote_code)
     config = transformers.load_config(*source)
     blocks.set_dropout(config, wanted.dropout)
-    kind = transformers.kind_of(config)
+    kind = kinds.kind_of(config)
     tokenizer, _ = _all(
-        lambda: transformers.load_tokenizer(*source, wanted.pad_token),
+        lambda: (
+            kinds.image_reader(config)
+            if kind == "vision"
+            else transformers.load_tokenizer(*source, wanted.pad_token)
+        ),
         lambda: stop_at_wrong_kind(recipe, kind),
     )
     stop_at_position_limit(recipe, config, tokenizer, kind)

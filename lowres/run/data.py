@@ -71,7 +71,7 @@ def encode(recipe: Recipe, splits: Splits, encoder: Encoder, vocabulary: int) ->
     """Token ids of all splits.
 
     Args:
-        vocabulary: Rows of the model's embedding table.
+        vocabulary: Rows of the model's embedding table; no row of an image asks for it.
 
     Raises:
         InputError: Nothing left to train on, rows without tokens, ids outside the vocabulary.
@@ -205,7 +205,8 @@ def _stop_at_empty_rows(data: Data) -> None:
 
 def _stop_outside_vocabulary(data: Data, vocabulary: int) -> None:
     evaluated = [row for _, rows in data.evaluation.values() for row in rows]
-    highest = max(max(row.inputs["input_ids"]) for row in [*data.train, *evaluated])
+    ids = (row.inputs["input_ids"] for row in [*data.train, *evaluated] if row.image is None)
+    highest = max((max(one) for one in ids), default=-1)
     if highest >= vocabulary:
         raise InputError(
             "the recipe",

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lowres.bridges.transformers import kind_of
+from lowres.bridges.kinds import kind_of
 from lowres.core import record as records
 from lowres.core.errors import InputError, LowresError
 from lowres.core.plan import Candidate, Card, Fit
@@ -63,6 +63,9 @@ def fit(
     }  # fmt: skip
     card = devices.card(device, device_gib)
     config = assumed.config_of(model)
+    if kind_of(config) == "vision":
+        text = f"'{model}' reads images, whose length is not to be chosen; use lowres plan"
+        raise InputError("the model", [text])
     blocks = int(config.get_text_config().num_hidden_layers)
     longest = _longest(config, load_recipe(start))
     probe = _probe(config, longest)

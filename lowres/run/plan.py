@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from lowres.bridges import rehearsal
+from lowres.bridges.kinds import vocabulary_of
 from lowres.core.errors import InputError
 from lowres.core.plan import Card, MemoryPlan, PhasePlan, PlanPhase, StepPlan
 from lowres.core.recipe import Recipe
@@ -68,7 +69,7 @@ def plan(
     except DoesNotRepeat as why:
         notes.append(f"the whole depth was traced: {why}")
         done, exact = rehearse(recipe, inputs, target, whole=True, processes=processes), True
-    vocabulary = int(inputs.config.get_text_config().vocab_size)
+    vocabulary = vocabulary_of(inputs.config)
     summary = Summary(done.trace, done.names, vocabulary)
     phases = _phases(done, summary, target, vocabulary)
     peak_phase = max(phases, key=lambda p: phases[p].allocated_bytes or phases[p].live_bytes)

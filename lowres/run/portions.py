@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowres.core.batching import batching_of
-from lowres.core.example import Batch, Row, real_tokens
+from lowres.core.example import Batch, Row, all_tokens, real_tokens
 from lowres.core.recipe import Recipe
 from lowres.core.rotation import Rotating
 from lowres.run.data import Data, Order, updates_of
@@ -82,7 +82,7 @@ def telling(
 
 
 def _padded(batch: Batch) -> bool:
-    return real_tokens(batch) < batch["input_ids"].numel()
+    return real_tokens(batch) < all_tokens(batch)
 
 
 def elements(batch: Batch) -> int:

@@ -24,6 +24,7 @@ from lowres.core import host
 from lowres.core.blocks import Blocks
 from lowres.core.engine import Engine
 from lowres.core.errors import LowresError
+from lowres.core.example import all_tokens
 from lowres.core.learner import Learner
 from lowres.core.recipe import Recipe
 from lowres.core.sample import Sample
@@ -285,8 +286,7 @@ class _Stage:
                 self.categories.put_gradients(learner)
             on_card = self.target.kind == "cuda"
             self.categories.batches(batches, only if on_card else range(len(batches)))
-            passes = len(batches) / len(only)
-            traced = sum(batches[number]["input_ids"].numel() for number in only)
+            passes, traced = len(batches) / len(only), sum(all_tokens(batches[n]) for n in only)
             tracer.costing = last
             told = scenes.Staged(engine, tracer, self.categories.gradients)
             make_gradients(recipe.objective, learner, told, self.accelerator, batches, 0, only,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowres.bridges import rehearsal, transformers
+from lowres.bridges import rehearsal
+from lowres.bridges.kinds import kind_of
 from lowres.core import registry
 from lowres.core.errors import InputError
 from lowres.core.learner import Kind
 from lowres.core.parts import Task
 from lowres.run import assumed
 
-_TASKS: dict[Kind, str] = {"decoder": "gsm8k", "encoder": "sst2", "encoder_decoder": "gsm8k"}
+_TASKS: dict[Kind, str] = {
+    "decoder": "gsm8k", "encoder": "sst2", "encoder_decoder": "gsm8k", "vision": "digits",
+}  # fmt: skip
 
 
 def starting_recipe(model: str, task: str | None = None) -> dict[str, Any]:
@@ -25,7 +28,7 @@ def starting_recipe(model: str, task: str | None = None) -> dict[str, Any]:
         InputError: For a model without a configuration, an unknown task, or one that needs fields.
     """
     config = assumed.config_of(model)
-    kind = transformers.kind_of(config)
+    kind = kind_of(config)
     name = task or _TASKS[kind]
     if name not in registry.names("task"):
         raise InputError("--task", [registry.unknown("task", name)])
