@@ -178,7 +178,17 @@ def merge(model: Any) -> nn.Module:
             "what was learned; lowres.run.merging.merge takes the base in 16 bits or more instead"
         )
     merged: nn.Module = model.merge_and_unload()
+    _unwrap_heads(merged)
     return merged
+
+
+def _unwrap_heads(model: nn.Module) -> None:
+    # PEFT 0.21's tuner of norms leaves what was trained beside them in its wrapper.
+    from peft.utils import ModulesToSaveWrapper
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(path, module.modules_to_save[module.active_adapters[0]])
 
 
 def unwrap_adapted(model: Any) -> nn.Module:

@@ -93,7 +93,7 @@ def execute(
             output.write_recipe(folder, recipe)
         learner = dataclasses.replace(built.learner, module=module)
         engine = build.engine_of(recipe, accelerator, learner, optimizer)
-        accelerate.checkpoint_trained_only(accelerator, learner.base)
+        accelerate.checkpoint_trained_only(accelerator, learner.base, recipe.method)
         accelerate.start_trackers(accelerator, folder, recipe)
         record.measured.parameters = _count(built.model)
         _describe(reporter, record, meter)
