@@ -155,8 +155,12 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     """The model with a saved adapter beside its weights, frozen; lowres's own kinds are known."""
     import peft
 
+    from lowres.bridges.peft_configs import keep_types
+
     preload()
-    return peft.PeftModel.from_pretrained(model, str(folder))
+    adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    keep_types(adapted)
+    return adapted
 
 
 def disabled(model: Any) -> contextlib.AbstractContextManager[Any]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowres.bridges.peft import inject, linear_targets
-from lowres.core.delta import features
+from lowres.core.delta import cast, features
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from lowres.core.blocks import Blocks
@@ -51,7 +52,28 @@ def inject_named(
     with warnings.catch_warnings():
         # That ranks of AdaLoRA are called otherwise.
         warnings.simplefilter("ignore", UserWarning)
-        return inject(model, config, blocks)
+        adapted = inject(model, config, blocks)
+    keep_types(adapted)
+    return adapted
+
+
+def keep_types(model: nn.Module) -> None:
+    """Give the outputs of adapted layers with packed weights the type of their inputs.
+
+    Some of PEFT's tuners give them the adapter's, float32, which layers in 16 bits do not take.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            if isinstance(base, Linear4bit | Linear8bitLt):
+                module.register_forward_hook(_as_given)
+
+
+def _as_given(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    return cast(output, inputs[0])
 
 
 def linears(model: nn.Module, blocks: Blocks, targets: str) -> list[Linear]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowres.core.errors import InputError, Problem
 from lowres.core.method import Method
-from lowres.core.parts import Circumstance, part
+from lowres.core.parts import part
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lowres.bridges.peft_configs import Linear
     from lowres.core.blocks import Blocks
-    from lowres.core.recipe import Recipe
 
 
 @part
@@ -30,14 +29,8 @@ class Injected(Method):
     """The name of PEFT's configuration class."""
     takes_transposed: ClassVar[bool] = False
     """Whether it knows layers whose weights are (input, output), as GPT-2's are."""
-    wants_autocast: ClassVar[frozenset[Circumstance]] = frozenset()
-    """Weights beside which PEFT gives the adapter's float32 to the next layer."""
 
     targets: str = "all-linear"
-
-    def check(self, recipe: Recipe) -> Iterator[str]:
-        yield from super().check(recipe)
-        yield from at_autocast(recipe, self.wants_autocast)
 
     def settings(self) -> Mapping[str, Any]:
         """The fields of the configuration."""
@@ -73,15 +66,3 @@ class Injected(Method):
         from lowres.bridges import peft
 
         return peft.merge(model)
-
-
-def at_autocast(recipe: Recipe, beside: frozenset[Circumstance]) -> Iterator[str]:
-    """What is wrong where PEFT gives the next layer the adapter's float32, beside such weights."""
-    if recipe.loop.precision != "no" or recipe.model.dtype == "float32":
-        return
-    for lever in recipe.levers:
-        if lever.brings & beside:
-            yield (
-                f"beside '{lever.name}' its output is in float32, which the next layer in "
-                f"{recipe.model.dtype} takes under autocast alone; set loop.precision to bf16"
-            )

@@ -60,7 +60,6 @@ class Adalora(Injected):
     # Written is what the cuts have left.
     waives: ClassVar[frozenset[Guard]] = frozenset({"saved"})
     takes_transposed: ClassVar[bool] = True
-    wants_autocast: ClassVar[frozenset[Circumstance]] = frozenset({"int8"})
     config: ClassVar[str] = "AdaLoraConfig"
 
     initial_rank: PositiveInt = 12

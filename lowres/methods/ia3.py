@@ -9,18 +9,15 @@ makes queries, keys and values, queries are rescaled too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from lowres.core.method import Method, Taxonomy
 from lowres.core.parts import part
-from lowres.methods._injected import at_autocast
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lowres.core.blocks import Blocks
-    from lowres.core.recipe import Recipe
 
 
 @part
@@ -33,10 +30,6 @@ class Ia3(Method):
     # 3e-3 in the paper (with Adafactor).
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-3, 1e-2)
     mergeable: ClassVar[bool] = True
-
-    def check(self, recipe: Recipe) -> Iterator[str]:
-        yield from super().check(recipe)
-        yield from at_autocast(recipe, frozenset({"quantised"}))
 
     def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
         from lowres.bridges import sites

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lowres.core.method import Taxonomy
-from lowres.core.parts import Circumstance, PositiveInt, part
+from lowres.core.parts import PositiveInt, part
 from lowres.methods._injected import Injected
 
 
@@ -33,7 +33,6 @@ class Randlora(Injected):
     # The range of lora.
     learning_rate_hint: ClassVar[tuple[float, float]] = (5e-5, 1e-3)
     takes_transposed: ClassVar[bool] = True
-    wants_autocast: ClassVar[frozenset[Circumstance]] = frozenset({"quantised"})
     config: ClassVar[str] = "RandLoraConfig"
 
     targets: str = "paper"

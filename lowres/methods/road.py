@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from lowres.core.method import Taxonomy
-from lowres.core.parts import Circumstance, PositiveInt, part
+from lowres.core.parts import PositiveInt, part
 from lowres.methods._injected import Injected
 
 
@@ -32,7 +32,6 @@ class Road(Injected):
     # Appendix of the paper: 1e-3 to 5e-3.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-3, 1e-2)
     sample_fields: ClassVar[Mapping[str, Any]] = {"group_size": 8}
-    wants_autocast: ClassVar[frozenset[Circumstance]] = frozenset({"quantised"})
     config: ClassVar[str] = "RoadConfig"
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"

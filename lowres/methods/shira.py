@@ -8,12 +8,15 @@ gradient masks).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowres.core.method import Taxonomy
 from lowres.core.parts import Circumstance, PositiveInt, part
 from lowres.methods._injected import Injected
+
+if TYPE_CHECKING:
+    from lowres.core.recipe import Recipe
 
 
 @part
@@ -32,7 +35,6 @@ class Shira(Injected):
     # The range of lora.
     learning_rate_hint: ClassVar[tuple[float, float]] = (5e-5, 1e-3)
     sample_fields: ClassVar[Mapping[str, Any]] = {"rank": 2}
-    wants_autocast: ClassVar[frozenset[Circumstance]] = frozenset({"int8"})
     refuses: ClassVar[Mapping[Circumstance, str]] = {
         "divided": "W + S wants the whole weight, of which a process may hold a part; use lora",
     }
@@ -40,6 +42,17 @@ class Shira(Injected):
 
     rank: PositiveInt = 8
     mask_seed: int = 0
+
+    def check(self, recipe: Recipe) -> Iterator[str]:
+        yield from super().check(recipe)
+        if recipe.loop.precision == "no" and recipe.model.dtype != "float32":
+            for lever in recipe.levers:
+                if "int8" in lever.brings:
+                    yield (
+                        f"beside '{lever.name}' S is multiplied in float32 with an input in "
+                        f"{recipe.model.dtype}, which autocast alone brings together; set "
+                        "loop.precision to bf16"
+                    )
 
     def settings(self) -> Mapping[str, Any]:
         return {"r": self.rank, "random_seed": self.mask_seed}

@@ -99,7 +99,7 @@ def execute(
         _describe(reporter, record, meter)
 
         def score(step: int) -> list[Score]:
-            alive = lambda: held(learner.base, engine.optimizer)
+            alive = lambda: held(learner.base, engine.optimizer, recipe.method)
             return evaluate(recipe, learner, inputs.data, accelerator, meter, step, folder, alive)
 
         session = TrainingSession(

@@ -199,7 +199,7 @@ class TrainingSession:
 
     def held(self) -> Iterable[torch.Tensor]:
         """The tensors that are alive between updates."""
-        return held(self.learner.base, self.engine.optimizer)
+        return held(self.learner.base, self.engine.optimizer, self.recipe.method)
 
     @contextlib.contextmanager
     def _measured(self) -> Iterator[None]:
