@@ -42,6 +42,13 @@ def test_importances_and_cuts_are_those_of_peft() -> None:
         one.after_gradients(model, step, 100)
         optimizer.step()
         optimizer.zero_grad()
+    for ours_, theirs_ in (
+        ("_sensitivity", theirs.exp_avg_ipt), ("_uncertainty", theirs.exp_avg_unc),
+    ):  # fmt: skip
+        held = getattr(model.base_model.rankallocator, ours_)
+        assert {f"{n}.default" for n in held} == theirs_.keys()
+        for name, value in held.items():
+            torch.testing.assert_close(value, theirs_[f"{name}.default"], atol=1e-9, rtol=1e-5)
     budget = 2 * theirs.init_bgt // 3
     values = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_E" in n}
     model.base_model.rankallocator.cut(model, budget, last=False)
