@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lowres.core.method import Method
     from lowres.core.recipe import Recipe
 
 TRAINED = "trained.safetensors"
+METHOD = "method.safetensors"
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -123,8 +125,8 @@ def gather(accelerator: Any, items: list[Any]) -> list[Any]:
     return joined
 
 
-def checkpoint_trained_only(accelerator: Any, model: nn.Module) -> None:
-    """Make `save_state` write the trained parameters alone, as safetensors.
+def checkpoint_trained_only(accelerator: Any, model: nn.Module, method: Method) -> None:
+    """Make `save_state` write the trained parameters and the method's state, as safetensors.
 
     The frozen ones are in the checkpoint that the recipe names; writing them again would make each
     checkpoint of an 8B model 16 GB, and quantised ones cannot be written at all.
@@ -146,6 +148,9 @@ def checkpoint_trained_only(accelerator: Any, model: nn.Module) -> None:
             return  # Its own checkpoint holds them, each process its part.
         if accelerator.is_main_process:
             save_file({n: p.contiguous() for n, p in trained().items()}, Path(folder) / TRAINED)
+            state = {n: t.contiguous() for n, t in method.state(model).items()}
+            if state:
+                save_file(state, Path(folder) / METHOD)
 
     def load(models: list[nn.Module], folder: str) -> None:
         models.clear()
@@ -160,6 +165,8 @@ def checkpoint_trained_only(accelerator: Any, model: nn.Module) -> None:
             )
         for name, parameter in own.items():
             parameter.copy_(there[name].to(parameter.device))
+        if (Path(folder) / METHOD).exists():
+            method.restore(model, load_file(Path(folder) / METHOD))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

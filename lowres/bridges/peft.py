@@ -155,8 +155,12 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     """The model with a saved adapter beside its weights, frozen; lowres's own kinds are known."""
     import peft
 
+    from lowres.bridges.peft_configs import keep_types
+
     preload()
-    return peft.PeftModel.from_pretrained(model, str(folder))
+    adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    keep_types(adapted)
+    return adapted
 
 
 def disabled(model: Any) -> contextlib.AbstractContextManager[Any]:
@@ -178,7 +182,17 @@ def merge(model: Any) -> nn.Module:
             "what was learned; lowres.run.merging.merge takes the base in 16 bits or more instead"
         )
     merged: nn.Module = model.merge_and_unload()
+    _unwrap_heads(merged)
     return merged
+
+
+def _unwrap_heads(model: nn.Module) -> None:
+    # PEFT 0.21's tuner of norms leaves what was trained beside them in its wrapper.
+    from peft.utils import ModulesToSaveWrapper
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(path, module.modules_to_save[module.active_adapters[0]])
 
 
 def unwrap_adapted(model: Any) -> nn.Module:

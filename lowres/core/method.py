@@ -72,3 +72,13 @@ class Method(Part):
 
     def after_gradients(self, model: nn.Module, step: int, total: int) -> None:
         """Called with the gradients of update `step` in place, before the optimizer's step."""
+
+    def after_update(self, model: nn.Module, step: int, total: int) -> None:
+        """Called when update `step` of `total` was made and its gradients are gone."""
+
+    def state(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
+        """What a resumed run needs of it besides the trained parameters, for a checkpoint."""
+        return {}
+
+    def restore(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` gave; called before the first update of a resumed run."""

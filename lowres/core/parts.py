@@ -43,13 +43,13 @@ Guard = Literal["gradients", "moved", "frozen", "saved"]
 """Checks of a run while it goes on; `run/guards.py` says what each is."""
 
 Circumstance = Literal[
-    "quantised", "in_backward", "without_gradients", "rotating", "divided", "packed", "chunked",
-    "tiled", "recomputed",
+    "quantised", "nf4", "int8", "in_backward", "without_gradients", "rotating", "divided", "packed",
+    "chunked", "tiled", "recomputed",
 ]  # fmt: skip
-"""What a part brings that another may not work with: weights in 4 or 8 bits; updates within the
-backward pass; updates without one; freezing that takes turns; parameters spread over processes;
-several rows in one; logits made slice by slice; feed-forward parts run on slices of tokens; blocks
-run once more in backward."""
+"""What a part brings that another may not work with: weights in 4 or 8 bits, and which of the two;
+updates within the backward pass; updates without one; freezing that takes turns; parameters spread
+over processes; several rows in one; logits made slice by slice; feed-forward parts run on slices of
+tokens; blocks run once more in backward."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

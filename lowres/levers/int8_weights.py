@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from lowres.core.parts import part
+from lowres.core.parts import Circumstance, part
 from lowres.levers._weights import QuantisedWeights
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Int8Weights(QuantisedWeights):
 
     # Each matrix is off by 0.4 %; the models of the contract by up to 0.018.
     tolerance: ClassVar[float] = 0.05
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"quantised", "int8"})
 
     # Section 3.2 of the paper.
     threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 6.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lowres.core.parts import part
+from lowres.core.parts import Circumstance, part
 from lowres.levers._weights import QuantisedWeights
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Nf4Weights(QuantisedWeights):
 
     # Each matrix is off by 9 % (a normal one by 0.091); the models of the contract by up to 0.37.
     tolerance: ClassVar[float] = 0.5
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"quantised", "nf4"})
 
     kind: Literal["nf4", "fp4"] = "nf4"
     double_quantisation: bool = True

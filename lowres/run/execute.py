@@ -93,13 +93,13 @@ def execute(
             output.write_recipe(folder, recipe)
         learner = dataclasses.replace(built.learner, module=module)
         engine = build.engine_of(recipe, accelerator, learner, optimizer)
-        accelerate.checkpoint_trained_only(accelerator, learner.base)
+        accelerate.checkpoint_trained_only(accelerator, learner.base, recipe.method)
         accelerate.start_trackers(accelerator, folder, recipe)
         record.measured.parameters = _count(built.model)
         _describe(reporter, record, meter)
 
         def score(step: int) -> list[Score]:
-            alive = lambda: held(learner.base, engine.optimizer)
+            alive = lambda: held(learner.base, engine.optimizer, recipe.method)
             return evaluate(recipe, learner, inputs.data, accelerator, meter, step, folder, alive)
 
         session = TrainingSession(

@@ -74,7 +74,11 @@ def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
 
     over_trained = None
     if trained != plain:
-        over_trained = logits_of(adapted(recipe, inputs, trained, adapter), batch)
+        learner = adapted(recipe, inputs, trained, adapter)
+        # Some adapters beside packed weights work under autocast alone, as they were trained.
+        narrow = recipe.loop.precision != "no"
+        with torch.autocast(next(learner.base.parameters()).device.type, torch.bfloat16, narrow):
+            over_trained = logits_of(learner, batch)
     learner = adapted(recipe, inputs, plain, adapter)
     unmerged = logits_of(learner, batch)
     with peft.disabled(learner.base):

@@ -295,6 +295,7 @@ class _Stage:
             tracer.enter("optimizer step")
             recipe.method.after_gradients(learner.base, step, total)
             engine.update(1.0, recipe.loop.max_grad_norm)
+            recipe.method.after_update(learner.base, step, total)
             tracer.costing = False
         usual, tokens = portions.usual_work(recipe, self.inputs.data)
         return tokens, passes, usual / self.processes / traced

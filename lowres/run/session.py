@@ -129,8 +129,7 @@ class TrainingSession:
                     "loop.precision: bf16 instead of fp16"
                 )
             # Under float16 gradients carry the loss scale, and the first ones overflow.
-            scaled = getattr(self.accelerator, "scaler", None) is not None
-            self.guards.gradients(scaled)
+            self.guards.gradients(getattr(self.accelerator, "scaler", None) is not None)
             recipe.method.after_gradients(self.learner.base, step, self.total)
             norm = self._step(factor)
             if norm is not None and not math.isfinite(norm):
@@ -140,6 +139,7 @@ class TrainingSession:
                 torch.cuda.synchronize(self.accelerator.device)
         seconds = time.perf_counter() - start
         self.guards.updated(getattr(self.engine.optimizer, "step_was_skipped", False))
+        recipe.method.after_update(self.learner.base, step, self.total)
         self.progress.train_seconds += seconds
         self._made_here += 1
         if self._made_here > PROBED_UPDATES + WARM_UP_UPDATES:
@@ -199,7 +199,7 @@ class TrainingSession:
 
     def held(self) -> Iterable[torch.Tensor]:
         """The tensors that are alive between updates."""
-        return held(self.learner.base, self.engine.optimizer)
+        return held(self.learner.base, self.engine.optimizer, self.recipe.method)
 
     @contextlib.contextmanager
     def _measured(self) -> Iterator[None]:

@@ -1,0 +1,69 @@
+"""A low-rank product that starts at a weight's principal part, less that part. Legend: I inputs, O
+outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowres.core.delta import Delta, add_to_weight, cast, features, place
+
+
+class PrincipalDelta(Delta):
+    """`y + (B A - B_0 A_0) x` with `B_0 A_0` the best approximation of rank R to the weight, and A
+    and B trained from A_0 and B_0.
+
+    That is training B A beside the rest of the weight, without changing the weight.
+
+    Settings: `rank` (R), `iterations` of a randomised decomposition (0 for the exact one).
+    """
+
+    def __init__(
+        self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
+    ) -> None:
+        super().__init__(base, settings, before)
+        (inputs, outputs), rank = features(base), int(settings["rank"])
+        device = place(base)
+        a_RI = torch.empty(rank, inputs, device=device)
+        b_OR = torch.empty(outputs, rank, device=device)
+        if device.type != "meta":
+            weight = base.weight.data
+            assert isinstance(weight, torch.Tensor)
+            weight_OI = weight if hasattr(base, "in_features") else weight.T
+            left, values, right = _principal(weight_OI.float(), rank, int(settings["iterations"]))
+            root = values.sqrt()
+            a_RI, b_OR = root[:, None] * right.T, left * root
+        self.down = nn.Parameter(a_RI.contiguous())
+        self.up = nn.Parameter(b_OR.contiguous())
+        self.register_buffer("down_start", a_RI.clone().contiguous())
+        self.register_buffer("up_start", b_OR.clone().contiguous())
+
+    def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        x = cast(inputs[0], self.down)
+        start = nn.functional.linear(
+            nn.functional.linear(x, self.get_buffer("down_start")), self.get_buffer("up_start")
+        )
+        now = nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+        return output + cast(now - start, output)
+
+    @torch.no_grad()
+    def fold(self, base: nn.Module, sign: int) -> None:
+        start_OI = self.get_buffer("up_start") @ self.get_buffer("down_start")
+        add_to_weight(base, self.up @ self.down - start_OI, sign)
+
+
+def _principal(
+    weight_OI: torch.Tensor, rank: int, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest singular values (R,) with their vectors (O, R) and (I, R)."""
+    if iterations:
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.svd_lowrank(
+            weight_OI, rank, iterations
+        )
+        return found
+    left, values, right = torch.linalg.svd(weight_OI, full_matrices=False)
+    return left[:, :rank], values[:rank], right[:rank].T

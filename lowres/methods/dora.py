@@ -1,0 +1,49 @@
+"""Split each weight into magnitude and direction; train one, and the other by a low-rank product.
+
+Paper: DoRA: Weight-Decomposed Low-Rank Adaptation, Liu et al. 2024.
+https://arxiv.org/abs/2402.09353
+
+Departs from the paper: every linear layer of the blocks, where the paper leaves some out
+(the attention's output, the gate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from lowres.core.method import Taxonomy
+from lowres.core.parts import Circumstance, PositiveFloat, PositiveInt, part
+from lowres.methods._injected import Injected
+
+
+@part
+class Dora(Injected):
+    """`y = m / ||V|| * V x` with `V = W + (alpha / rank) B A`, its norm along the inputs and
+    without a gradient (section 4.3), m from ||W||.
+
+    Every forward pass makes V, which is as large as the weight, and unpacks weights in 4 bits.
+
+    Args:
+        rank: r.
+        alpha: The product is scaled by alpha / rank.
+        targets: `paper` (queries and values), `all-linear`, or layer names joined by `+`.
+    """
+
+    taxonomy: ClassVar[Taxonomy] = "reparametrisation"
+    # Appendix of the paper: 1e-4 for LLaMA3-8B, 2e-4 for the others.
+    learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 4e-4)
+    takes_transposed: ClassVar[bool] = True
+    refuses: ClassVar[Mapping[Circumstance, str]] = {
+        "int8": "the norm of W + B A needs the weight as a matrix, and reading that out of a layer "
+        "in 8 bits takes its scales away, so that its next pass fails; use nf4_weights, or lora",
+        "divided": "the norm of W + B A needs the whole weight, of which a process may hold a "
+        "part; use lora",
+    }
+    config: ClassVar[str] = "LoraConfig"
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"r": self.rank, "lora_alpha": self.alpha, "use_dora": True}
