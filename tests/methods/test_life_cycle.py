@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lowres.core import registry
-from lowres.core.method import Adapter
+from lowres.methods._adapter import Adapter
 from tests.conftest import ROOT
 
 CLASSES: dict[str, Any] = {name: registry.load("method", name) for name in registry.names("method")}
