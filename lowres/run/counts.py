@@ -56,9 +56,11 @@ def counts(method: Method, config: Any, freezing: Freezing | None = None) -> Cou
     """
     peft.preload()
     kind = transformers.kind_of(config)
+    head = HEADS[kind]
     request = LoadRequest(
-        checkpoint="", revision=None, head=HEADS[kind], labels=0, dtype="float32",
-        attention="eager", init="random", trust_remote_code=False,
+        checkpoint="", revision=None, head=head, labels=0, dtype="float32",
+        attention="sdpa" if rehearsal.has_fused_attention(config, head) else "eager",
+        init="random", trust_remote_code=False,
     )  # fmt: skip
     tracer = Tracer()
     with (
@@ -68,9 +70,7 @@ def counts(method: Method, config: Any, freezing: Freezing | None = None) -> Cou
         warnings.simplefilter("ignore")
         model, fresh = rehearsal.load_shapes(request, copy.deepcopy(config), 0, 0)
         held = sum(element_count(p) for p in model.parameters())
-        learner = Learner(
-            model, model, None, kind, request.head, map_blocks(model, fresh, False, False)
-        )
+        learner = Learner(model, model, None, kind, head, map_blocks(model, fresh, False, False))
         adapted = method.apply(model, _chosen(freezing, learner))
         trained = sum(element_count(p) for p in adapted.parameters() if p.requires_grad)
     return Counts(trained, held)

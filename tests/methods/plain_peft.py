@@ -118,9 +118,9 @@ class Life:
 
     def lives_beside_a_second_one(self) -> None:
         model = self.loaded()
-        model.add_adapter("second", self.config())
+        model.add_adapter("another", self.config())
         assert torch.equal(logits(model), self.trained), "the new one changed the first"
-        model.set_adapter("second")
+        model.set_adapter("another")
         begun = logits(model)
         assert not torch.equal(begun, self.trained), "the second answers as the first"
         if self.told["starts_as_base"]:
@@ -134,13 +134,13 @@ class Life:
         assert torch.equal(logits(model), self.trained), "training the second changed the first"
         with model.disable_adapter():
             assert torch.equal(logits(model), self.plain), "it does not switch off"
-        model.set_adapter("second")
+        model.set_adapter("another")
         assert torch.equal(logits(model), second), "the second is not what it was"
         model.set_adapter("default")
-        model.delete_adapter("second")
+        model.delete_adapter("another")
         assert torch.equal(logits(model), self.trained), "deleting the second changed the first"
         assert list(model.peft_config) == ["default"]
-        assert not [n for n, _ in model.named_parameters() if "second" in n]
+        assert not [n for n, _ in model.named_parameters() if "another" in n]
 
     def is_added_beside_a_loaded_one(self) -> None:
         model = peft.get_peft_model(self.fresh(), self.config())

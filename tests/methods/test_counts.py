@@ -30,7 +30,7 @@ COUNTS: dict[str, tuple[str, dict[str, Any], tuple[str | None, str | None, str |
     "ia3": ("ia3", {}, ("344064", "1.376M", "5.505M")),
     "mam": ("mam", {}, ("171.07M", "525.4M", None)),
     "prefix": ("prefix_tuning", {}, ("77.31M", "304.2M", "1212M")),
-    "prefix, flat": ("prefix_tuning", {}, ("4.424M", "17.69M", "70.78M")),
+    "prefix, flat": ("prefix_tuning", {"mlp": None}, ("4.424M", "17.69M", "70.78M")),
     "unipelt": ("unipelt", {}, ("86.22M", "316.7M", "1239M")),
 }
 """Name in the study to method, settings where they are not the method's own, and counts as printed;
