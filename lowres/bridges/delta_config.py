@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 
 from lowres.core.delta import Delta
 
@@ -94,4 +95,7 @@ def _meant(path: str, targets: Sequence[str]) -> bool:
 def _shortened(targets: Sequence[str], paths: Sequence[str]) -> list[str]:
     """Last names read better in adapter_config.json where they mean the same modules."""
     short = sorted({target.rpartition(".")[2] for target in targets})
+    if any(name in EMBEDDING_LAYER_NAMES for name in short):
+        # PEFT saves the model's embeddings beside an adapter that names them so.
+        return list(targets)
     return short if {p for p in paths if _meant(p, short)} == set(targets) else list(targets)

@@ -8,6 +8,7 @@ this module makes the type known; `import lowres` sees to it that it is imported
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,12 @@ class DeltaTuner(BaseTuner):
         try:
             if not config.parts:
                 config.place(_found(config, model), model)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for delta in config.classes():
+                delta.check_model(model)
+            with warnings.catch_warnings():
+                # A delta beside an embedding changes no weight, and so nothing that is tied to it.
+                warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter.*")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             for owner, name, layer in wrapped:
                 owner._modules[name] = layer
