@@ -97,7 +97,8 @@ def advise(
     device = devices.generic(device_gib)
     config = assumed.config_of(model)
     if kind is None:
-        kind = "classification" if kind_of(config) == "encoder" else "generation"
+        writes = kind_of(config) in ("decoder", "encoder_decoder")
+        kind = "generation" if writes else "classification"
     start = starting_recipe(model, TASKS[kind])
     loop = start["loop"]
     loop["max_length"] = min(loop["max_length"], longest_row(config, load_recipe(start)))

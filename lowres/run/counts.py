@@ -56,7 +56,7 @@ def counts(method: Method, config: Any, freezing: Freezing | None = None) -> Cou
     """
     peft.preload()
     kind = transformers.kind_of(config)
-    head = HEADS[kind]
+    head = HEADS.get(kind, "classification")
     request = LoadRequest(
         checkpoint="", revision=None, head=head, labels=0, dtype="float32",
         attention="sdpa" if rehearsal.has_fused_attention(config, head) else "eager",
