@@ -7,15 +7,12 @@ this module makes the type known; `import lowres` sees to it that it is imported
 
 from __future__ import annotations
 
-import enum
 import functools
-import importlib
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -24,6 +21,7 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from lowres.bridges.delta_config import DeltaConfig, LowresPeftType
 from lowres.core.delta import Delta
 from lowres.core.errors import LowresError
 
@@ -32,86 +30,7 @@ if TYPE_CHECKING:
     from lowres.core.delta import Piece
 
 
-class LowresPeftType(str, enum.Enum):
-    """Types that PEFT does not have. One serves all methods: the config names the method."""
-
-    LOWRES_DELTA = "LOWRES_DELTA"
-
-
 PREFIX = "lowres_delta_"
-
-
-@dataclass
-class DeltaConfig(PeftConfig):
-    """What `adapter_config.json` holds for a lowres method.
-
-    Args:
-        method: The method's name.
-        settings: Its hyperparameters, as in a recipe.
-        parts: Which deltas go where: `delta` (import path `lowres.methods.<name>:<Class>`; nothing
-            outside `lowres.methods` is ever imported from a file), `targets` (module paths or ends
-            of them) and `settings`. Found from the model by the method where it is left out.
-    """
-
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    target_parameters: list[str] | None = None
-    method: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    parts: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = LowresPeftType.LOWRES_DELTA
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-
-    def classes(self) -> list[type[Delta]]:
-        """The class of each part."""
-        return [_class_of(part["delta"]) for part in self.parts]
-
-    def place(self, pieces: Sequence[Piece], model: nn.Module) -> None:
-        """Say which deltas go where; paths are shortened where their last name says as much."""
-        paths = [name for name, _ in model.named_modules()]
-        self.parts = [
-            {
-                "delta": f"{piece.delta.__module__}:{piece.delta.__qualname__}",
-                "targets": _shortened(piece.targets, paths),
-                "settings": dict(piece.settings),
-            }
-            for piece in pieces
-        ]
-        self.target_modules = {name for part in self.parts for name in part["targets"]}
-
-    def make(self, path: str, base: nn.Module, before: Sequence[Delta]) -> dict[str, Delta]:
-        """The deltas of one module, by their kind."""
-        made: dict[str, Delta] = {}
-        for part, delta in zip(self.parts, self.classes(), strict=True):
-            if _meant(path, part["targets"]):
-                name = delta.__name__.lower()
-                if name in made:
-                    raise ValueError(f"two parts put a {delta.__name__} at {path}")
-                made[name] = delta(base, part["settings"], [*before, *made.values()])
-        return made
-
-
-def _class_of(path: str) -> type[Delta]:
-    module, _, name = path.partition(":")
-    if path != "lowres.core.delta:Tap" and not module.startswith("lowres.methods."):
-        raise ValueError(f"'{path}' names no class of lowres.methods; the adapter is not ours")
-    cls: type[Delta] = getattr(importlib.import_module(module), name)
-    return cls
-
-
-def _meant(path: str, targets: Sequence[str]) -> bool:
-    return any(path == target or path.endswith("." + target) for target in targets)
-
-
-def _shortened(targets: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """Last names read better in adapter_config.json where they mean the same modules."""
-    short = sorted({target.rpartition(".")[2] for target in targets})
-    return short if {p for p in paths if _meant(p, short)} == set(targets) else list(targets)
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -184,10 +103,39 @@ class DeltaTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config: DeltaConfig = self.peft_config[adapter_name]
-        if not config.parts:
-            config.place(_found(config, model), model)
+        wrapped = _wrapped(model)
+        others = [p for *_, layer in wrapped for p in layer.lowres_delta_parts.parameters()]
+        required = [p.requires_grad for p in others]
+        # Methods and PEFT look for places by their paths in the plain model; PEFT passes over what
+        # lies within a module that was wrapped before.
+        self._layers = {id(layer.base_layer): layer for *_, layer in wrapped}
         self._made: list[Delta] = []
-        return super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for owner, name, layer in wrapped:
+            owner._modules[name] = layer.base_layer
+        try:
+            if not config.parts:
+                config.place(_found(config, model), model)
+            for delta in config.classes():
+                delta.check_model(model)
+            with warnings.catch_warnings():
+                # A delta beside an embedding changes no weight, and so nothing that is tied to it.
+                warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter.*")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            for owner, name, layer in wrapped:
+                owner._modules[name] = layer
+            self._layers.clear()
+        for parameter, before in zip(others, required, strict=True):
+            parameter.requires_grad_(before)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            self._check_merge_allowed()
+        for owner, name, layer in _wrapped(self.model):
+            if merge:
+                layer.merge(adapter_names=kwargs.get("adapter_names"))
+            owner._modules[name] = layer.base_layer
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -199,20 +147,36 @@ class DeltaTuner(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        layer = target if isinstance(target, DeltaLayer) else DeltaLayer(target)
+        layer = self._layers.get(id(target)) or DeltaLayer(target)
         made = peft_config.make(current_key, layer.get_base_layer(), self._made)
         self._made += made.values()
         layer.add(adapter_name, made, peft_config.inference_mode)
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        # Not the base's: it looks for a weight, which a block has not. Of a wrapped block the
-        # parts lie one further in.
+        if adapter_name not in self.active_adapters:
+            layer.lowres_delta_parts[adapter_name].requires_grad_(False)
+        # Of a module that was wrapped just now the parts lie one further in.
         owner = parent.base_layer if isinstance(parent, DeltaLayer) else parent
-        setattr(owner, child_name, new_module)
+        setattr(owner, target_name, layer)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # The base's looks for the name beside the last word alone, where a delta has modules of its
+        # own further in; a name left in the file binds the file to it, and transformers adds
+        # another one.
+        parts = DeltaLayer.adapter_layer_names[0]
+        return key.replace(f".{parts}.{adapter_name}.", f".{parts}.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # Another adapter may wrap modules around or not: paths are compared without.
+        plain = {cls._plain(key, adapter_name): key for key in model.state_dict()}
+        return {plain.get(cls._plain(key, adapter_name), key): v for key, v in state_dict.items()}
+
+    @classmethod
+    def _plain(cls, key: str, adapter_name: str) -> str:
+        key = cls._remove_adapter_name_from_key(key, adapter_name)
+        return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -229,6 +193,16 @@ class DeltaTuner(BaseTuner):
                     why = delta.unfoldable(module.get_base_layer())
                     if why is not None:
                         raise LowresError(f"the adapter is not merged: at {path}, {why}")
+
+
+def _wrapped(model: nn.Module) -> list[tuple[nn.Module, str, DeltaLayer]]:
+    """Every DeltaLayer with its owner and its name there."""
+    return [
+        (owner, name, child)
+        for owner in model.modules()
+        for name, child in owner._modules.items()
+        if isinstance(child, DeltaLayer)
+    ]
 
 
 def _found(config: DeltaConfig, model: nn.Module) -> Sequence[Piece]:

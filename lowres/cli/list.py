@@ -23,7 +23,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """List the parts of one family, or of all, with what each does."""
+    """List the parts of one family, or of all, with what each does; methods by their class."""
     families = [registry.family(family)] if family else list(registry.FAMILIES)
     found = {
         f: {n: registry.docstring(f, n).partition("\n")[0] for n in registry.names(f)}
@@ -35,5 +35,18 @@ def command(
     for f, parts in found.items():
         typer.echo(registry.FAMILIES[f])
         width = max((len(n) for n in parts), default=0)
-        for name, summary in parts.items():
-            typer.echo(f"  {name:<{width}}  {summary}")
+        for group, names in _groups(f, list(parts)).items():
+            if group:
+                typer.echo(f"  {group}")
+            indent = "    " if group else "  "
+            for name in names:
+                typer.echo(f"{indent}{name:<{width}}  {parts[name]}")
+
+
+def _groups(family: str, names: list[str]) -> dict[str, list[str]]:
+    """Names by what a family's members say of their class; all under one where they say nothing."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        told = registry.constant(family, name, "taxonomy")
+        found.setdefault(str(told or ""), []).append(name)
+    return dict(sorted(found.items()))

@@ -15,7 +15,19 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-COMMANDS = ("list", "show", "check", "plan", "fit", "run", "report", "bench", "doctor", "schema")
+COMMANDS = (
+    "list",
+    "show",
+    "check",
+    "plan",
+    "advise",
+    "fit",
+    "run",
+    "report",
+    "bench",
+    "doctor",
+    "schema",
+)
 
 
 class _Lazy(TyperGroup):

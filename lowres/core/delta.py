@@ -50,6 +50,11 @@ class Delta(nn.Module):
         """
         super().__init__()
 
+    @staticmethod
+    def check_model(model: nn.Module) -> None:
+        """Raise InputError where a model cannot carry it, whatever the module: looked at when an
+        adapter is made, and when one is loaded."""
+
     def around(
         self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor, **others: Any
     ) -> torch.Tensor:

@@ -55,6 +55,47 @@ def docstring(family: str, name: str) -> str:
     return ast.get_docstring(ast.parse(source(family, name).read_text(encoding="utf-8"))) or ""
 
 
+def constant(family: str, name: str, attribute: str) -> object:
+    """A class attribute that a part, or a base of it, writes as a literal; read without importing.
+
+    None where it is not written so.
+    """
+    return _constant(source(family, name), None, attribute)
+
+
+def _constant(file: Path, class_: str | None, attribute: str) -> object:
+    """Of a class of a file; of the one marked `@part` when None."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    from_: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowres."):
+            from_ |= {alias.name: node.module or "" for alias in node.names}
+    here = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    marked = [c for c in here.values() if any(ast.unparse(d) == "part" for d in c.decorator_list)]
+    found = here.get(class_) if class_ else next(iter(marked), None)
+    if found is None:
+        return None
+    for line in found.body:
+        if (
+            isinstance(line, ast.AnnAssign)
+            and isinstance(line.target, ast.Name)
+            and line.target.id == attribute
+            and isinstance(line.value, ast.Constant)
+        ):
+            return line.value.value
+    for base in (b.id for b in found.bases if isinstance(b, ast.Name)):
+        if base in here:
+            told = _constant(file, base, attribute)
+        elif base in from_:
+            place = _PACKAGE.parent / (from_[base].replace(".", "/") + ".py")
+            told = _constant(place, base, attribute)
+        else:
+            continue
+        if told is not None:
+            return told
+    return None
+
+
 def load(family: str, name: str) -> type[Part]:
     """The class of a part. Raises InputError with a suggestion when there is none of that name."""
     if name not in names(family):

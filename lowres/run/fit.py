@@ -67,7 +67,7 @@ def fit(
         text = f"'{model}' reads images, whose length is not to be chosen; use lowres plan"
         raise InputError("the model", [text])
     blocks = int(config.get_text_config().num_hidden_layers)
-    longest = _longest(config, load_recipe(start))
+    longest = longest_row(config, load_recipe(start))
     probe = _probe(config, longest)
     training, shapes = assumed.inputs_for(load_recipe(start, [f"loop.max_length={longest}"]))
     rows = None if shapes.startswith("assumed") else training.data.train
@@ -136,7 +136,7 @@ def _search(
     return found
 
 
-def _longest(config: Any, recipe: Recipe) -> int:
+def longest_row(config: Any, recipe: Recipe) -> int:
     """Tokens of the longest row that the model's positions allow, generated ones left aside."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTHS[-1]
     length = recipe.loop.max_length

@@ -1,0 +1,82 @@
+"""What papers found of methods beside each other: `assets/findings/methods.yaml`, checked.
+
+Each entry names its source; nothing here is measured by lowres.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+FILE = Path(__file__).resolve().parent.parent / "assets" / "findings" / "methods.yaml"
+
+TaskKind = Literal["classification", "generation"]
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Comparison:
+    """Methods beside each other under one protocol.
+
+    Args:
+        basis: Whether it was read in the paper's text or in a digest of it.
+        setting: Model, data, metric.
+        kind: Of the tasks; None for both.
+        rows: Training rows for which it is taken to speak, from and to; None for no end.
+        scores: Method to score, higher is better; or
+        leads: methods that lead, then those that follow.
+    """
+
+    source: str
+    url: str
+    basis: Literal["text", "digest"]
+    setting: str
+    kind: TaskKind | None
+    rows: tuple[int, int | None]
+    scores: dict[str, float] = field(default_factory=dict)
+    leads: tuple[tuple[str, ...], ...] = ()
+
+    def speaks_for(self, rows: int, kind: TaskKind) -> bool:
+        low, high = self.rows
+        return low <= rows and (high is None or rows <= high) and self.kind in (None, kind)
+
+    def places(self) -> dict[str, float]:
+        """Method to where it stands between the worst (0) and the best (1)."""
+        if self.leads:
+            last = len(self.leads) - 1
+            return {name: 1 - at / last for at, tier in enumerate(self.leads) for name in tier}
+        low, high = min(self.scores.values()), max(self.scores.values())
+        return {name: (score - low) / (high - low) for name, score in self.scores.items()}
+
+    def told(self, method: str) -> str:
+        """What it says of a method, in a few words."""
+        if self.leads:
+            return "leads" if method in self.leads[0] else f"behind {' and '.join(self.leads[0])}"
+        low, high = min(self.scores.values()), max(self.scores.values())
+        return f"{self.scores[method]:g} between {low:g} and {high:g}"
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Remark:
+    """What a table does not say."""
+
+    methods: tuple[str, ...]
+    says: str
+    source: str
+    url: str
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Findings:
+    tables: tuple[Comparison, ...]
+    remarks: tuple[Remark, ...]
+
+
+def read(file: Path = FILE) -> Findings:
+    """All findings of the package."""
+    return TypeAdapter(Findings).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))

@@ -1,0 +1,247 @@
+"""Which method to try first: ranked by records at hand and by what papers found, with the evidence.
+
+A method's place in a comparison lies between 0 (its worst) and 1 (its best); its score is the mean
+of its places, weighted by how near a comparison is to what is asked, with one part of .5 so that
+little evidence decides little. A method without any is not ranked: nothing is known of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowres.bridges.transformers import kind_of
+from lowres.core import findings as found_by_others
+from lowres.core import registry
+from lowres.core.errors import InputError, LowresError
+from lowres.core.findings import Comparison, TaskKind
+from lowres.core.reading import load_recipe
+from lowres.core.recipe import Recipe
+from lowres.core.record import RunRecord
+from lowres.core.units import format_bytes
+from lowres.memory import device as devices
+from lowres.memory.catalogue import Device
+from lowres.memory.extend import DoesNotRepeat
+from lowres.memory.trace import Trace
+from lowres.run import assumed
+from lowres.run.fit import longest_row
+from lowres.run.plan import device_fits, target_of
+from lowres.run.rehearsal import rehearse
+from lowres.run.starting import starting_recipe
+
+OWN, OTHER_MODEL, PAPER, DISTANT = 4.0, 2.0, 2.0, 0.25
+"""Weights: a record of this model; of another one; a paper of such tasks and sizes; of others."""
+NEAR_ROWS = 10
+"""A record speaks for task sizes up to so many times more or fewer rows."""
+PLANNING_SECONDS = 45.0
+LEVERS: tuple[tuple[str, ...], ...] = (
+    (), ("gradient_checkpointing",), ("gradient_checkpointing", "nf4_weights"),
+)  # fmt: skip
+TASKS: dict[TaskKind, str] = {"classification": "sst2", "generation": "gsm8k"}
+"""Stand-ins whose shapes are planned; their data are not read."""
+
+
+@dataclass
+class Evidence:
+    """One comparison's word on a method."""
+
+    source: str
+    url: str | None
+    setting: str
+    says: str
+    place: float
+    weight: float
+
+
+@dataclass
+class Advice:
+    """One method.
+
+    Args:
+        score: None where nothing is known.
+        fits: With the levers; None where it was not planned or cannot be.
+        refused: Why it cannot be had with the model.
+        unknown: What is not known of it, in sentences.
+    """
+
+    method: str
+    score: float | None
+    learning_rates: tuple[float, float]
+    evidence: list[Evidence] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    fits: bool | None = None
+    needed_bytes: int | None = None
+    levers: tuple[str, ...] = ()
+    refused: str | None = None
+
+
+def advise(
+    model: str, rows: int, device_gib: float, kind: TaskKind | None, records: Iterable[RunRecord]
+) -> list[Advice]:
+    """Every method, the one to try first at the head; those that are known not to fit follow the
+    others, those of which nothing is known come last.
+
+    Args:
+        rows: Training rows.
+        kind: None takes what suits the model.
+
+    Raises:
+        InputError: For a size, a model or a kind that makes no sense.
+    """
+    if rows < 1:
+        raise InputError("--task-size", [f"{rows} is no number of training rows; give 1 or more"])
+    device = devices.generic(device_gib)
+    config = assumed.config_of(model)
+    if kind is None:
+        writes = kind_of(config) in ("decoder", "encoder_decoder")
+        kind = "generation" if writes else "classification"
+    start = starting_recipe(model, TASKS[kind])
+    loop = start["loop"]
+    loop["max_length"] = min(loop["max_length"], longest_row(config, load_recipe(start)))
+    papers = found_by_others.read()
+    own = list(_of_records(records, model, rows, kind))
+    names = registry.names("method")
+    out = []
+    for name in names:
+        cls: Any = registry.load("method", name)
+        one = Advice(name, None, cls.learning_rate_hint)
+        one.evidence = [e for places in own for m, e in places.items() if m == name]
+        one.evidence += [
+            _of_paper(t, name, rows, kind) for t in papers.tables if name in t.places()
+        ]
+        if one.evidence:
+            weights = [1.0, *(e.weight for e in one.evidence)]
+            places = [0.5, *(e.place for e in one.evidence)]
+            one.score = statistics.fmean(places, weights)
+        one.evidence.sort(key=lambda e: -e.weight)
+        one.remarks = [f"{r.says} ({r.source})" for r in papers.remarks if name in r.methods]
+        one.unknown = list(_unknown(one, model, rows, kind))
+        out.append(one)
+    out.sort(key=lambda a: (a.score is None, -(a.score or 0.0), a.method))
+    _plan(out, start, device)
+    out.sort(key=lambda a: (a.score is None, a.refused is not None, a.fits is False))
+    return out
+
+
+def _of_paper(table: Comparison, method: str, rows: int, kind: TaskKind) -> Evidence:
+    near = table.speaks_for(rows, kind)
+    says = table.told(method) + ("" if near else "; of other tasks or sizes")
+    digest = " (from a digest of it)" if table.basis == "digest" else ""
+    return Evidence(
+        table.source + digest, table.url, table.setting, says, table.places()[method],
+        PAPER if near else DISTANT,
+    )  # fmt: skip
+
+
+def _of_records(
+    records: Iterable[RunRecord], model: str, rows: int, kind: TaskKind
+) -> Iterator[dict[str, Evidence]]:
+    """For each model, task, split and size that several methods were run on: their places."""
+    groups: dict[tuple[Any, ...], dict[str, dict[str, list[float]]]] = {}
+    for record in records:
+        told = _score_of(record)
+        if told is not None:
+            key, setting, value = told
+            method = record.recipe["method"]["name"]
+            groups.setdefault(key, {}).setdefault(method, {}).setdefault(setting, []).append(value)
+    for (checkpoint, task, split, metric, trained, asks, higher), methods in groups.items():
+        sign = 1.0 if higher else -1.0
+        means = {m: max((sign * statistics.fmean(v), len(v)) for v in s.values())
+                 for m, s in methods.items()}  # fmt: skip
+        low, high = min(m for m, _ in means.values()), max(m for m, _ in means.values())
+        if high == low:
+            continue  # One method alone, or all the same: no order.
+        same = checkpoint == model
+        weight = OWN if same else OTHER_MODEL
+        near = rows / NEAR_ROWS <= trained <= rows * NEAR_ROWS and asks == kind
+        weight *= 1.0 if near else 0.25
+        setting = f"{task}, {trained} rows, {metric} on {split}"
+        yield {
+            m: Evidence(
+                f"records of {'this model' if same else checkpoint}", None, setting,
+                f"{sign * mean:.3g}, mean of {n} run(s) at its best setting, between "
+                f"{sign * low:.3g} and {sign * high:.3g}" + ("" if near else "; of other sizes"),
+                (mean - low) / (high - low), weight,
+            )
+            for m, (mean, n) in means.items()
+        }  # fmt: skip
+
+
+def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], str, float] | None:
+    """What group a record belongs to, its settings but for the seed, and its score."""
+    recipe = record.recipe
+    trained = next((d.rows for d in record.data if d.split == "train"), 0)
+    seen = len(record.losses) * recipe["loop"]["global_batch_size"]
+    name = recipe["task"]["name"]
+    if record.outcome != "ok" or name not in registry.names("task") or not 0 < trained <= seen:
+        return None  # Less than one pass over the rows tells nothing of quality.
+    cls: Any = registry.load("task", name)
+    scores = [s for s in record.final_scores() if s.metric == cls.metric]
+    if not scores or recipe["method"]["name"] not in registry.names("method"):
+        return None
+    score = scores[0]
+    asks: TaskKind = "classification" if cls.asks == "label" else "generation"
+    key = (recipe["model"]["checkpoint"], name, score.split, score.metric, trained, asks,
+           cls.higher_is_better)  # fmt: skip
+    setting = {k: v for k, v in recipe.items() if k not in ("loop", "budget", "schema")}
+    loop = {k: v for k, v in recipe["loop"].items() if k != "seed"}
+    return key, repr((setting, loop)), score.value
+
+
+def _unknown(one: Advice, model: str, rows: int, kind: TaskKind) -> Iterator[str]:
+    if not one.evidence:
+        yield "no record and no comparison of it is at hand"
+        return
+    if not any(e.source == "records of this model" for e in one.evidence):
+        yield f"no record of it on {model}"
+    if all(e.weight <= DISTANT for e in one.evidence):
+        yield f"nothing on {kind} with about {rows:,} rows"
+
+
+def _plan(ranked: Sequence[Advice], start: dict[str, Any], device: Device) -> None:
+    """Fill in what fits, first to last, with as few levers as will do, while time allows."""
+    card, started = devices.card(device, None), time.monotonic()
+    for one in ranked:
+        cls: Any = registry.load("method", one.method)
+        method = {"name": one.method, **cls.sample_fields}
+        if one.score is None or time.monotonic() - started > PLANNING_SECONDS:
+            one.unknown.append(f"whether it fits: lowres plan --model M --set method={one.method}")
+            continue
+        for levers in LEVERS:
+            raw = start | {"method": method, "levers": [{"name": n} for n in levers]}
+            try:
+                recipe = load_recipe(raw)
+                trace = _trace(recipe, device)
+            except LowresError as error:
+                if one.needed_bytes is None and isinstance(error, InputError):
+                    one.refused, one.fits = error.problems[0].text, False
+                elif one.needed_bytes is None:
+                    one.unknown.append(f"whether it fits: {error}")
+                break
+            one.levers = levers
+            one.needed_bytes = trace.peak_bytes() + card.context_bytes
+            one.fits = device_fits(one.needed_bytes, card)
+            if one.fits:
+                break
+
+
+def _trace(recipe: Recipe, device: Device) -> Trace:
+    """Of one update, with as few blocks as tell the rest."""
+    inputs, target = assumed.assumed_inputs(recipe), target_of(device)
+    try:
+        return rehearse(recipe, inputs, target, quick=True).trace
+    except DoesNotRepeat:
+        return rehearse(recipe, inputs, target, quick=True, whole=True).trace
+
+
+def told(one: Advice) -> str:
+    """Whether it fits, in words."""
+    if one.needed_bytes is None:
+        return "not planned" if one.refused is None else f"refused: {one.refused}"
+    need = format_bytes(one.needed_bytes)
+    levers = f" with {' + '.join(one.levers)}" if one.levers else ""
+    return f"{'fits' if one.fits else 'does not fit'}: {need}{levers}"

@@ -1,0 +1,95 @@
+"""`lowres list methods` and `lowres show method` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowres.core import registry
+from lowres.core.method import Taxonomy
+from tests.cli.test_cli import lowres
+
+TINY = "package:lowres/assets/tiny_lm"
+
+
+def test_methods_are_listed_by_their_class() -> None:
+    """Reference: what the imported classes say. The listing itself imports none of them."""
+    lines = lowres("list", "methods").stdout.splitlines()
+    listed: dict[str, str] = {}
+    group = ""
+    for line in lines[1:]:
+        if line.startswith("    "):
+            listed[line.split()[0]] = group
+        else:
+            group = line.strip()
+    methods: dict[str, Any] = {n: registry.load("method", n) for n in registry.names("method")}
+    assert listed == {name: cls.taxonomy for name, cls in methods.items()}
+    assert set(listed.values()) <= set(Taxonomy.__args__)
+
+
+def test_listing_methods_imports_no_torch() -> None:
+    """Behaviour: a listing must answer at once."""
+    code = (
+        "import sys; sys.argv = ['lowres', 'list', 'methods']\n"
+        "from lowres.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "lora" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", registry.names("method"))
+def test_every_method_can_be_shown(name: str) -> None:
+    """Behaviour: in this process; what every method must say is there."""
+    from typer.testing import CliRunner
+
+    from lowres.cli.show import app
+
+    done = CliRunner().invoke(app, ["method", name, "--json"])
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.output)
+    assert shown["taxonomy"] in Taxonomy.__args__
+    assert shown["paper"], "the module docstring names its paper, or says none"
+    low, high = shown["learning_rates"]
+    assert 0 < low <= high
+    assert isinstance(shown["mergeable"], bool)
+    text = CliRunner().invoke(app, ["method", name]).output
+    for word in ("class: ", "mergeable: ", "starts as the checkpoint: ", "refuses: ", "keys"):
+        assert word.strip() in text
+
+
+def test_a_method_is_counted_on_a_model() -> None:
+    """Closed form: LoRA of rank r on queries and values of L blocks of width D: 4 L r D."""
+    done = lowres(
+        "show", "method", "lora", "--model", TINY, "--set", "method.rank=4", "--json"
+    )  # fmt: skip
+    told = json.loads(done.stdout)["counts"]
+    assert told["trainable"] == 4 * 6 * 4 * 256
+    assert told["share"] == told["trainable"] / told["model"]
+    assert f"{told['trainable']:,}" in lowres(
+        "show", "method", "lora", "--model", TINY, "--set", "method.rank=4"
+    ).stdout  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["method", "lroa"], "did you mean 'lora'?"),
+        (["lever", "nf4_weights", "--model", TINY], "--model counts what a method trains"),
+        (["method", "lora", "--set", "method.rank=4"], "goes with --model"),
+        (["method", "lora", "--model", TINY, "--set", "method.rnak=4"], "did you mean 'rank'?"),
+        (["method", "lora", "--model", "./nowhere"], "there is no such folder"),
+    ],
+)
+def test_wrong_words_exit_2_with_one_message(words: list[str], told: str, tmp_path: Path) -> None:
+    """Behaviour."""
+    done = lowres("show", *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert told in done.stderr
