@@ -108,7 +108,8 @@ class FastfoodDelta(Delta):
         return made
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return output + cast(recompute(self._added, inputs[0]), output)
+        added = recompute(self._added, inputs[0], (self._owner.theta, self.scale))
+        return output + cast(added, output)
 
     def _added(self, x: torch.Tensor) -> torch.Tensor:
         wide = F.pad(cast(x, self.scale), (0, len(self.input_signs) - self._given))

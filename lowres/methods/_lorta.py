@@ -66,7 +66,8 @@ class AttentionTensor(Delta):
         self.borrow("_owner", owner or self)
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return output + cast(recompute(self._added, inputs[0]), output)
+        added = recompute(self._added, inputs[0], self._owner.factors.parameters())
+        return output + cast(added, output)
 
     def _added(self, x: torch.Tensor) -> torch.Tensor:
         x, thin = cast(x, self._owner.factors.A), self._thin()

@@ -103,7 +103,7 @@ class TensorTrainPair(Delta):
         self._scale = float(settings["alpha"]) / rank
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return output + cast(recompute(self._added, inputs[0]), output)
+        return output + cast(recompute(self._added, inputs[0], self.parameters()), output)
 
     def _added(self, x_NI: torch.Tensor) -> torch.Tensor:
         up: torch.Tensor = self.up(self.down(cast(x_NI, self.down.cores[0])))
@@ -134,7 +134,7 @@ class TensorTrainAdapter(Delta):
         self._activation = ACTIVATIONS[settings["activation"]]
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return output + cast(recompute(self._added, output), output)
+        return output + cast(recompute(self._added, output, self.parameters()), output)
 
     def _added(self, y_NO: torch.Tensor) -> torch.Tensor:
         hidden_NM = self._activation(self.down(cast(y_NO, self.down_bias)) + self.down_bias)
