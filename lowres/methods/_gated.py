@@ -62,7 +62,8 @@ class GatedDelta(Delta):
     def prune(self, threshold: torch.Tensor) -> None:
         """Keep what is at least as large, with its gate open; close the gates of the rest."""
         usual_oi = self.usual()
-        kept_oi = usual_oi.abs() >= threshold
+        # Where closed gates leave fewer than were asked for, the threshold is 0.
+        kept_oi = (usual_oi.abs() >= threshold) & (usual_oi != 0)
         self.change_oi.copy_(usual_oi * kept_oi)
         self.log_alpha_oi.copy_(kept_oi.to(usual_oi.dtype).mul_(2).sub_(1).mul_(SURE))
 

@@ -69,6 +69,9 @@ class DiffPruning(Adapter):
         paths = peft.linear_paths(model, blocks, self.targets)
         return [Piece(GatedDelta, paths, {"log_alpha": self.log_alpha})]
 
+    def uneven(self) -> str | None:
+        return "the penalty is one sum over all matrices" if self.penalty_weight else None
+
     def before_update(self, model: nn.Module, step: int, total: int) -> None:
         from lowres.methods import _entries
 
