@@ -55,7 +55,7 @@ def counts(method: Method, config: Any, freezing: Freezing | None = None) -> Cou
         InputError: When the method finds no place in the model.
     """
     peft.preload()
-    kind = transformers.kind_of(config)
+    kind = kinds.kind_of(config)
     head = HEADS.get(kind, "classification")
     request = LoadRequest(
         checkpoint="", revision=None, head=head, labels=0, dtype="float32",

@@ -284,11 +284,10 @@ class _Stage:
                 # What the first micro-batch of an update leaves are gradients.
                 only -= {0}
                 self.categories.put_gradients(learner)
-            on_card = self.target.kind == "cuda"
-            self.categories.batches(batches, only if on_card else range(len(batches)))
+            there = only if self.target.kind == "cuda" else range(len(batches))
+            self.categories.batches(batches, there)
             passes, traced = len(batches) / len(only), sum(all_tokens(batches[n]) for n in only)
-            tracer.costing = last
-            told = scenes.Staged(engine, tracer, self.categories.gradients)
+            tracer.costing, told = last, scenes.Staged(engine, tracer, self.categories.gradients)
             make_gradients(recipe.objective, learner, told, self.accelerator, batches, 0, only,
                            recipe.method)  # fmt: skip
             del batches

@@ -91,11 +91,12 @@ def test_the_budget_falls_with_the_cube_of_what_is_left() -> None:
 @pytest.fixture(scope="module")
 def keys(raw_recipe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     return raw_recipe(
-        method={"name": "adalora", **RANKS}, objective="label_words",
-        optimizer={"name": "adamw", "lr": 1e-2}, loop={"steps": STEPS, "save_every": 2,
-        "keep_checkpoints": 9}, task={"name": "grammaticality", "train_examples": 32,
-        "evaluate": []},
-    )  # fmt: skip
+        method={"name": "adalora", **RANKS},
+        objective="label_words",
+        optimizer={"name": "adamw", "lr": 1e-2},
+        loop={"steps": STEPS, "save_every": 2, "keep_checkpoints": 9},
+        task={"name": "grammaticality", "train_examples": 32, "evaluate": []},
+    )
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_does(
