@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowres.bridges import peft, rehearsal, transformers
+from lowres.bridges import kinds, peft, rehearsal
 from lowres.bridges.bitsandbytes import element_count
 from lowres.bridges.blocks import map_blocks
 from lowres.core.blocks import Blocks
@@ -55,7 +55,7 @@ def counts(method: Method, config: Any, freezing: Freezing | None = None) -> Cou
         InputError: When the method finds no place in the model.
     """
     peft.preload()
-    kind = transformers.kind_of(config)
+    kind = kinds.kind_of(config)
     head = HEADS.get(kind, "classification")
     request = LoadRequest(
         checkpoint="", revision=None, head=head, labels=0, dtype="float32",
