@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowres.bridges.transformers import kind_of
+from lowres.bridges.kinds import kind_of
 from lowres.core import findings as found_by_others
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowres.bridges import peft, rehearsal, transformers
+from lowres.bridges import kinds, peft, rehearsal
 from lowres.bridges.bitsandbytes import element_count
 from lowres.bridges.blocks import map_blocks
 from lowres.core.blocks import Blocks
