@@ -195,6 +195,11 @@ def _unwrap_heads(model: nn.Module) -> None:
             model.set_submodule(path, module.modules_to_save[module.active_adapters[0]])
 
 
+def bare(module: Any) -> Any:
+    """A module without the adapter around it."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
 def unwrap_adapted(model: Any) -> nn.Module:
     """The transformers model inside, adapters in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowres.core.errors import InputError, Problem
 
@@ -61,6 +61,22 @@ class FeedForward:
     down: str
 
 
+@dataclass(frozen=True)
+class TokenEmbedding:
+    """What the token ids of a stack of blocks go through.
+
+    Args:
+        blocks: Paths of the trained blocks above it.
+        hidden: Width of what enters the blocks; embeddings may be narrower.
+    """
+
+    path: str
+    blocks: tuple[str, ...]
+    vocabulary: int
+    width: int
+    hidden: int
+
+
 def attentions(model: nn.Module, blocks: Blocks, *, trained_only: bool = True) -> list[Attention]:
     """The attentions of the blocks, in the order of the model.
 
@@ -86,6 +102,41 @@ def feed_forwards(
         _feed_forward_of(name, _linears(model.get_submodule(name)))
         for name in _blocks(blocks, trained_only)
     ]
+
+
+def token_embeddings(model: nn.Module, blocks: Blocks) -> list[TokenEmbedding]:
+    """The embedding below each stack that has trained blocks.
+
+    Raises:
+        InputError: Where a stack has none of its own.
+    """
+    stacks: dict[str, list[str]] = {}
+    for name in _blocks(blocks, True):
+        stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    out: list[TokenEmbedding] = []
+    for stack, names in stacks.items():
+        path, embedding = _embedding_below(model, stack)
+        config: Any = model.config
+        hidden = int(config.get_text_config().hidden_size)
+        vocabulary, width = int(embedding.num_embeddings), int(embedding.embedding_dim)
+        out.append(TokenEmbedding(path, tuple(names), vocabulary, width, hidden))
+    if len({one.path for one in out}) < len(out):
+        raise _refused(f"the stacks {', '.join(stacks)} share one embedding module; use lora")
+    return out
+
+
+def _embedding_below(model: nn.Module, stack: str) -> tuple[str, Any]:
+    """Path and module of the token embedding that belongs to the innermost part around a stack."""
+    around = stack
+    while around:
+        around = around.rpartition(".")[0]
+        part: Any = model.get_submodule(around)
+        embedding = part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else None
+        embedding = getattr(embedding, "base_layer", embedding)
+        if hasattr(embedding, "num_embeddings"):
+            paths = [n for n, m in model.named_modules() if m is embedding]
+            return paths[0].removesuffix(".base_layer"), embedding
+    raise _refused(f"no embedding of token ids is known below {stack}; use lora")
 
 
 def norms(model: nn.Module, blocks: Blocks) -> list[str]:

@@ -47,7 +47,7 @@ class TiledMlp(Lever):
 
         model = peft.unwrap_adapted(learner.base)
         for name in learner.blocks.names:
-            owner, method, inside = self._feed_forward(model.get_submodule(name), name)
+            owner, method, inside = self._feed_forward(peft.bare(model.get_submodule(name)), name)
             if any(blocks.drops_out(module) for part in inside for module in part.modules()):
                 self._refuse(f"there is dropout inside of the feed-forward part of {name}, whose "
                              "masks would be others in each tile; set it to 0 (in the method, or "
@@ -63,7 +63,12 @@ class TiledMlp(Lever):
             if hasattr(block, method):
                 parts = [m for n, m in block.named_children() if "attention" not in n]
                 return block, method, parts
-        others = [m for m in block.modules() if "attention" not in type(m).__name__.lower()]
+        # Adapters are two linear layers, too, and at work in the part that is looked for.
+        others = [
+            m
+            for n, m in block.named_modules()
+            if "attention" not in type(m).__name__.lower() and "lowres_delta_" not in n
+        ]
         found = [m for m in others if m is not block and _is_feed_forward(m)]
         if len(found) != 1:
             self._refuse(f"{name} has {len(found) or 'no'} modules that are a feed-forward part by "

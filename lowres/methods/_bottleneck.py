@@ -33,7 +33,7 @@ class Bottleneck(nn.Module):
     def at(cls, base: nn.Module, settings: Mapping[str, Any]) -> Bottleneck:
         """As wide as the output of a linear layer."""
         width = features(base)[1]
-        middle = max(1, width // int(settings["reduction"]))
+        middle = settings.get("units") or max(1, width // int(settings["reduction"]))
         return cls(width, middle, settings["activation"], place(base))
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Bottleneck(nn.Module):
 class SerialAdapter(Delta):
     """`y + A(y)` behind a layer whose output is y.
 
-    Settings: `reduction` (D / M), `activation`.
+    Settings: `reduction` (D / M) or `units` (M), `activation`.
     """
 
     def __init__(
