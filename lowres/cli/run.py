@@ -37,6 +37,9 @@ def command(
     force: Annotated[
         bool, typer.Option("--force", help="Run although the plan says that it does not fit.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan/--no-plan", help="Plan first, or start at once.")
+    ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the record on standard output.")
     ] = False,
@@ -55,7 +58,7 @@ def command(
 
     accelerate_cpu.start_missing_processes(sys.argv[1:])
     loaded = lowres.load_recipe(recipe, overrides or [])
-    record = execute(loaded, output_folder=output, resume=resume, force=force)
+    record = execute(loaded, output_folder=output, resume=resume, force=force, plan=plan)
     if not accelerate.is_main():
         return
     from lowres.report import page, table

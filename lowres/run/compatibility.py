@@ -38,7 +38,7 @@ MODELS = ("package:lowres/assets/tiny_lm", "biased")
 def kinds() -> tuple[list[str], list[str], list[str]]:
     """The levers by what they change: how weights are loaded, how updates are made, the rest."""
     levers = registry.names("lever")
-    weights = [name for name in levers if _overrides(name, "on_load")]
+    weights = [n for n in levers if _overrides(n, "on_load") and _is_lossy(n)]
     engines = [n for n in levers if n not in weights
                and _overrides(n, "on_engine", "on_optimizer", "on_accelerator")]  # fmt: skip
     rest = [n for n in levers if n not in (*weights, *engines, *RECOMPUTING[1])]
@@ -64,6 +64,12 @@ def combinations() -> list[Combination]:
 
 def _joined(parts: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(itertools.chain.from_iterable(parts))
+
+
+def _is_lossy(name: str) -> bool:
+    """What is, and asks for it at loading, holds the weights in another form."""
+    cls: Any = registry.load("lever", name)
+    return bool(cls.effect == "lossy")
 
 
 def _overrides(name: str, *hooks: str) -> bool:
