@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
+import functools
+import multiprocessing
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,12 +23,9 @@ from lowres.core.recipe import Recipe
 from lowres.core.record import from_file
 from lowres.run import build, merging
 from lowres.run.execute import execute
-from lowres.run.output import MODEL, RECIPE, RECORD
+from lowres.run.output import MODEL, RECORD
 
 BIASED_LIKE = "package:lowres/assets/tiny_lm"
-
-CLEAN = dict(os.environ)
-"""Before a run has said in it that it is one of several processes."""
 
 # Loaded where the processes of all combinations are forked from.
 peft.preload()
@@ -47,6 +45,12 @@ def try_out(recipe: Recipe, folder: Path) -> None:
         InputError: Where lowres refuses the recipe.
         LowresError: Where what came out is not the same.
     """
+    alone = any(lever.whole_process for lever in recipe.levers)
+    again = folder / "again"
+    again.mkdir()
+    resume: Callable[[], None] = functools.partial(_resume, recipe, again)
+    # For a lever that changes its process for good: forked before it has.
+    resume = _later(resume) if alone else resume
     inputs = build.read(recipe)
     # As rows are asked of a model that is used: no lever has laid them out.
     batch = collate(inputs.data.train[: merging.ROWS], inputs.encoder.pad_id)
@@ -57,13 +61,8 @@ def try_out(recipe: Recipe, folder: Path) -> None:
     )  # fmt: skip
     same_answers(recipe, inputs, folder / "whole" / MODEL, batch, trained[0])
 
-    again = folder / "again"
-    again.mkdir()
     shutil.copytree(folder / "whole" / "checkpoint-1", again / "checkpoint-1")
-    if any(lever.whole_process for lever in recipe.levers):
-        _resume_elsewhere(folder / "whole" / RECIPE, again / "checkpoint-1")
-    else:
-        execute(recipe, resume=str(again / "checkpoint-1"), quiet=True, plan=False)
+    resume()
     resumed = from_file(again / RECORD)
     if resumed.losses != record.losses:
         raise LowresError(f"resumed losses are {resumed.losses}, not {record.losses}")
@@ -122,14 +121,44 @@ def _whole(inputs: build.Inputs, request: LoadRequest, folder: Path) -> Learner:
     return Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
 
-def _resume_elsewhere(recipe: Path, checkpoint: Path) -> None:
-    """Resume in a new process, for a lever that changes its process for good."""
-    command = [sys.executable, "-m", "lowres", "run", str(recipe), "--resume", str(checkpoint)]
-    done = subprocess.run([*command, "--no-plan"], capture_output=True, text=True, env=CLEAN)
-    if not (checkpoint.parent / RECORD).exists():
-        raise LowresError(
-            f"the resumed run ended with code {done.returncode}: {done.stderr[-200:]}"
-        )
+def _resume(recipe: Recipe, folder: Path) -> None:
+    execute(recipe, resume=str(folder / "checkpoint-1"), quiet=True, plan=False)
+
+
+def _later(work: Callable[[], None]) -> Callable[[], None]:
+    """What does the work when it is called, in a process that is there from now on.
+
+    Raises:
+        LowresError: From the call, when the process does not end well.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def wait() -> None:
+        ours.close()
+        with contextlib.suppress(EOFError):
+            theirs.recv()
+            try:
+                work()
+                theirs.send("")
+            except Exception as error:
+                theirs.send(f"{type(error).__name__}: {error}")
+
+    process = context.Process(target=wait, daemon=True)
+    process.start()
+    theirs.close()
+
+    def call() -> None:
+        ours.send(None)
+        try:
+            told = ours.recv()
+        except EOFError:
+            process.join()
+            told = f"its process ended with code {process.exitcode}"
+        if told:
+            raise LowresError(f"the resumed run: {told}")
+
+    return call
 
 
 def same_files(one: Path, other: Path) -> None:
