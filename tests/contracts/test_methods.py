@@ -13,7 +13,7 @@ import torch
 from lowres.core import registry
 from lowres.core.errors import InputError
 from lowres.run.build import Built, build
-from tests.conftest import KINDS, sample_part
+from tests.conftest import KINDS, sample_part, sampled
 
 METHODS = registry.names("method")
 HEADS = {"decoder": "next_token", "encoder": "classification", "encoder_decoder": "next_token"}
@@ -25,14 +25,8 @@ def test_there_are_methods() -> None:
     assert len(METHODS) >= 3
 
 
-@pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+each = pytest.mark.parametrize(("method", "kind"), sampled(METHODS, KINDS, every=3))
+"""A method on a kind of model; in the fast suite each method on one kind."""
 
 
 @pytest.fixture
@@ -85,6 +79,7 @@ def logits(built: Built) -> torch.Tensor:
         return built.learner.logits(batch_of(built))
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_works_on_some_kind_of_model(method: str, recipe: Callable[..., Any]) -> None:
     """Behaviour: a method that refuses every kind would pass the other contracts
     by skipping them.
@@ -104,6 +99,7 @@ def test_every_method_works_on_some_kind_of_model(method: str, recipe: Callable[
     assert worked >= 4
 
 
+@each
 def test_the_model_is_unchanged_before_the_first_update(method: str, kind: str, make: Any) -> None:
     """Reference: the plain model. Equal bit for bit: an adapter adds exact zeros."""
     one, built = make(kind, method)
@@ -113,6 +109,7 @@ def test_the_model_is_unchanged_before_the_first_update(method: str, kind: str, 
     assert torch.equal(logits(built), logits(plain))
 
 
+@each
 def test_what_is_frozen_is_bit_identical_after_training(method: str, kind: str, make: Any) -> None:
     """Behaviour: only parameters that require gradients move."""
     recipe, built = make(kind, method)
@@ -123,6 +120,7 @@ def test_what_is_frozen_is_bit_identical_after_training(method: str, kind: str, 
             assert torch.equal(parameter, before[name]), name
 
 
+@each
 def test_every_trained_parameter_gets_a_gradient_and_moves(
     method: str, kind: str, make: Any
 ) -> None:
@@ -137,6 +135,7 @@ def test_every_trained_parameter_gets_a_gradient_and_moves(
             assert not torch.equal(parameter, before[name]), name
 
 
+@each
 def test_twenty_steps_on_one_batch_lower_its_loss(method: str, kind: str, make: Any) -> None:
     """Behaviour."""
     recipe, built = make(kind, method)
@@ -144,6 +143,7 @@ def test_twenty_steps_on_one_batch_lower_its_loss(method: str, kind: str, make: 
     assert losses[-1] < losses[0]
 
 
+@each
 def test_the_optimizer_holds_exactly_what_is_trained(method: str, kind: str, make: Any) -> None:
     """Behaviour: nothing trained is left out and nothing frozen is carried."""
     _, built = make(kind, method)
@@ -151,6 +151,7 @@ def test_the_optimizer_holds_exactly_what_is_trained(method: str, kind: str, mak
     assert held == {id(p) for p in built.model.parameters() if p.requires_grad}
 
 
+@each
 def test_a_saved_result_loads_and_gives_equal_logits(
     method: str, kind: str, make: Any, tmp_path: Path
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_saved_result_loads_and_gives_equal_logits(
     assert torch.equal(logits(fresh), logits(built))
 
 
+@each
 def test_an_adapter_switches_off_and_lives_beside_a_second_one(
     method: str, kind: str, make: Any
 ) -> None:
@@ -200,6 +202,7 @@ def test_an_adapter_switches_off_and_lives_beside_a_second_one(
     assert torch.equal(logits(built), trained)
 
 
+@each
 def test_merged_equals_unmerged(method: str, kind: str, make: Any) -> None:
     """Reference: unmerged logits. Tolerance: float32 rounding of W + BA against Wx + BAx."""
     recipe, built = make(kind, method)
@@ -212,6 +215,7 @@ def test_merged_equals_unmerged(method: str, kind: str, make: Any) -> None:
     assert "peft_config" not in vars(built.learner.base)
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_generating_equals_the_forward_pass(method: str, make: Any) -> None:
     """Reference: argmax of the forward pass, token by token;
     generate takes another path through PEFT.

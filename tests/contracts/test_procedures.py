@@ -31,7 +31,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize(("procedure", "method"), sampled(PROCEDURES, METHODS, every=9))
+@pytest.mark.parametrize(("procedure", "method"), sampled(PROCEDURES, METHODS, every=16))
 def test_it_can_be_stopped_after_every_update_and_resumed(
     procedure: str, method: str, recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
