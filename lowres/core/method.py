@@ -34,6 +34,8 @@ class Method(Part):
     taxonomy: ClassVar[Taxonomy] = "additive: other"
     learning_rate_hint: ClassVar[tuple[float, float]]
     mergeable: ClassVar[bool]
+    searched: ClassVar[bool] = False
+    """Whether `lowres fit` weighs it without being asked."""
     trains_weights: ClassVar[bool] = False
     """Whether it changes the matrices of the checkpoint themselves, which then cannot be held in
     fewer bits, and not only what it adds beside them."""

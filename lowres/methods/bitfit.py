@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 class Bitfit(Adapter):
     """Every `.bias`: attention, feed-forward, norms. No layer input is kept for backward."""
 
+    searched: ClassVar[bool] = True
     taxonomy: ClassVar[Taxonomy] = "selective"
     # Section 3 of the paper: 1e-4 to 1e-3 for BERT.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 1e-3)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class Full(Method):
     """All parameters of the trained blocks, the embeddings, the final norm and the head."""
 
+    searched: ClassVar[bool] = True
     taxonomy: ClassVar[Taxonomy] = "full"
     # Decoders 1e-5 to 5e-5 (Mosbach et al. 2023, https://arxiv.org/abs/2305.16938); the tests and
     # small encoders want more.

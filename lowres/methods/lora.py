@@ -34,6 +34,7 @@ class Lora(Method):
         targets: `paper` (queries and values), `all-linear`, or layer names joined by `+`.
     """
 
+    searched: ClassVar[bool] = True
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     # Grid of Scaling Down to Scale Up (https://arxiv.org/abs/2303.15647): 1e-3 to 5e-5.
     learning_rate_hint: ClassVar[tuple[float, float]] = (5e-5, 1e-3)

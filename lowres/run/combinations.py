@@ -58,12 +58,12 @@ def combinations(start: dict[str, Any], blocks: int, stage: int = 0) -> Iterator
     methods = [
         *LORA,
         *({"name": name, **registry.load("method", name).sample_fields}
-          for name in registry.names("method") if name != "lora"),
+          for name in registry.names("method") if name != "lora" and _searched("method", name)),
     ]  # fmt: skip
     freezings: list[Any] = [{"name": "none"}]
     if blocks > 1:
         freezings.append({"name": "prefix", "frozen": blocks // 2})
-    optimizers = [n for n in registry.names("optimizer") if _searched(n)]
+    optimizers = [n for n in registry.names("optimizer") if _searched("optimizer", n)]
     for method, levers, freezing, optimizer in itertools.product(
         methods, _lever_sets(stage), freezings, optimizers
     ):
@@ -91,8 +91,8 @@ def combinations(start: dict[str, Any], blocks: int, stage: int = 0) -> Iterator
         yield Combination(recipe, raw, settings, tuple(lossy), methods.index(method))
 
 
-def _searched(optimizer: str) -> bool:
-    cls: Any = registry.load("optimizer", optimizer)
+def _searched(family: str, name: str) -> bool:
+    cls: Any = registry.load(family, name)
     return bool(cls.searched)
 
 
