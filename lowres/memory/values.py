@@ -47,7 +47,9 @@ def stand_in_value(dtype: torch.dtype) -> float | int | bool:
 
 
 def must_stay_fake(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and (too_large(x) or (x.is_floating_point() and x.numel() > 1))
+    return isinstance(x, torch.Tensor) and (
+        too_large(x) or (x.is_floating_point() and x.numel() > 1)
+    )
 
 
 def too_large(x: Any) -> bool:

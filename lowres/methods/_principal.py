@@ -44,15 +44,21 @@ class PrincipalDelta(Delta):
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         x = cast(inputs[0], self.down)
-        start = nn.functional.linear(
-            nn.functional.linear(x, self.get_buffer("down_start")), self.get_buffer("up_start")
-        )
+        down_start, up_start = self._start()
+        start = nn.functional.linear(nn.functional.linear(x, down_start), up_start)
         now = nn.functional.linear(nn.functional.linear(x, self.down), self.up)
         return output + cast(now - start, output)
 
+    def _start(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # PEFT widens parameters beside narrow weights, and no buffers.
+        names = ("down_start", "up_start")
+        down_start, up_start = (cast(self.get_buffer(name), self.down) for name in names)
+        return down_start, up_start
+
     @torch.no_grad()
     def fold(self, base: nn.Module, sign: int) -> None:
-        start_OI = self.get_buffer("up_start") @ self.get_buffer("down_start")
+        down_start, up_start = self._start()
+        start_OI = up_start @ down_start
         add_to_weight(base, self.up @ self.down - start_OI, sign)
 
 
