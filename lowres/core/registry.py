@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,15 @@ def source(family: str, name: str) -> Path:
 
 def docstring(family: str, name: str) -> str:
     """The module docstring of a part, read without importing it."""
-    return ast.get_docstring(ast.parse(source(family, name).read_text(encoding="utf-8"))) or ""
+    text = source(family, name).read_text(encoding="utf-8")
+    if text.startswith('"""'):
+        text = text[: text.index('"""', 3) + 3]  # Parsing the rest of every file takes a while.
+    return ast.get_docstring(ast.parse(text)) or ""
+
+
+@functools.cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def constant(family: str, name: str, attribute: str) -> object:
@@ -65,13 +74,17 @@ def constant(family: str, name: str, attribute: str) -> object:
 
 def _constant(file: Path, class_: str | None, attribute: str) -> object:
     """Of a class of a file; of the one marked `@part` when None."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = _tree(file)
     from_: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowres."):
             from_ |= {alias.name: node.module or "" for alias in node.names}
     here = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    marked = [c for c in here.values() if any(ast.unparse(d) == "part" for d in c.decorator_list)]
+    marked = [
+        c
+        for c in here.values()
+        if any(isinstance(d, ast.Name) and d.id == "part" for d in c.decorator_list)
+    ]
     found = here.get(class_) if class_ else next(iter(marked), None)
     if found is None:
         return None

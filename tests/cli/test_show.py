@@ -81,7 +81,7 @@ def test_a_method_is_counted_on_a_model() -> None:
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["method", "lroa"], "did you mean 'lora'?"),
+        (["method", "lorra"], "did you mean 'lora'?"),
         (["lever", "nf4_weights", "--model", TINY], "--model counts what a method trains"),
         (["method", "lora", "--set", "method.rank=4"], "goes with --model"),
         (["method", "lora", "--model", TINY, "--set", "method.rnak=4"], "did you mean 'rank'?"),
