@@ -19,7 +19,8 @@ _AT_ONCE = 4096
 
 
 class TokenIds(Delta):
-    """Keeps the last token ids, and their embeddings where asked to, for the blocks above.
+    """Keeps the last token ids, and their embeddings where asked to, for the blocks above; the
+    highest of them lets them go, or they would take memory until the next pass.
 
     Settings: `embeddings`: whether they are wanted.
     """
@@ -31,6 +32,7 @@ class TokenIds(Delta):
         self._wanted = bool(settings["embeddings"])
         self.ids: torch.Tensor | None = None
         self.embedded: torch.Tensor | None = None
+        self.highest: TokenRows | None = None
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         self.ids, self.embedded = inputs[0], output if self._wanted else None
@@ -51,6 +53,7 @@ class TokenRows(Delta):
         assert isinstance(tap, TokenIds), "what keeps the ids goes to the embedding below"
         self.tap: TokenIds
         self.borrow("tap", tap)
+        tap.borrow("highest", self)  # until one that is made later takes its place
         self._sizes = (int(settings["vocabulary"]), int(settings["hidden"]))
         if settings.get("fused"):
             self.table: nn.Parameter | None = nn.Parameter(
@@ -80,6 +83,8 @@ class TokenRows(Delta):
             if self.table is None
             else F.embedding(ids, self.table)
         )
+        if self.tap.highest is self:
+            self.tap.ids = self.tap.embedded = None
         return call(hidden + cast(rows, hidden), *inputs[1:], **others)
 
     @torch.no_grad()

@@ -40,8 +40,8 @@ class GatedLowRank(LowRank):
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         return output + cast(self.gate(inputs[0]) * self.added(inputs[0]), output)
 
-    def fold(self, base: nn.Module, sign: int) -> None:
-        raise NotImplementedError("a gate depends on the input")
+    # A gate depends on the input: there is no weight to fold it into.
+    fold = Delta.fold
 
 
 class GatedAdapter(SerialAdapter):

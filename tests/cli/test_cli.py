@@ -42,7 +42,7 @@ def test_every_help_ends_with_an_example_that_works(in_folder: Path) -> None:
         found = re.findall(r"example:\s+lowres (.*(?:\n +\S.*)*)", done.stdout)
         assert found, f"{command} --help has no example"
         examples[command] = shlex.split(found[-1])
-    assert len(examples) == 10
+    assert len(examples) == len(COMMANDS)
     for command in ("list", "show", "check", "schema", "doctor", "run", "report", "bench"):
         done = lowres(*examples[command], cwd=in_folder)
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])

@@ -114,16 +114,29 @@ def test_tables_answer_as_the_factors(family: str, form: str, tmp_path: Path) ->
 
 def test_another_token_changes_its_own_row_alone() -> None:
     """Behaviour: what is added at other positions stays."""
-    model, deltas = adapted("encoder", "kronecker")
+    _, deltas = adapted("encoder", "kronecker")
     delta = next(iter(deltas.values()))
     inputs = rows("encoder")
     found = []
     for token in (5, 6):
         inputs["input_ids"][0, 2] = token
-        logits(model, **inputs)
-        found.append(delta.rows(delta.tap.ids, None))
+        found.append(delta.rows(inputs["input_ids"], None))
     differs = (found[0] != found[1]).any(-1)
     assert differs[0, 2] and differs.sum() == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", ["llama", "encoder_decoder"])
+def test_nothing_of_a_pass_is_left_behind(family: str, form: str) -> None:
+    """Behaviour: ids and embeddings would take memory until the next pass."""
+    model, deltas = adapted(family, form)
+    seen = []
+    for delta in deltas.values():
+        inner = delta.rows
+        delta.rows = lambda ids, embedded, inner=inner: seen.append(ids) or inner(ids, embedded)
+    logits(model, **rows(family))
+    assert len(seen) == len(deltas) and all(ids is not None for ids in seen)
+    assert all(d.tap.ids is None and d.tap.embedded is None for d in deltas.values())
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -39,16 +39,7 @@ def test_every_method_was_measured() -> None:
     assert len([r for r in records.values() if "measured" in r]) >= 0.8 * len(records)
 
 
-# Rows that were looked up by token ids outlive the forward pass in a run, and not in its plan; the
-# peak is the same.
-BY_TOKEN = pytest.mark.xfail(strict=True, reason="planned 1.2 % below what is measured")
-KEPT = [
-    pytest.param(name, record, marks=[BY_TOKEN] if name == "aot_p_tuning" else [], id=name)
-    for name, record in methods.records().items()
-]
-
-
-@pytest.mark.parametrize("name, record", KEPT)
+@pytest.mark.parametrize(("name", "record"), methods.records().items())
 def test_what_a_method_keeps_is_what_the_planner_says(name: str, record: dict[str, Any]) -> None:
     """Reference: live bytes of the run; each within 1 %, or within a KiB where it is that small."""
     if "refused" in record:
