@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from lowres.core.errors import InputError
 from lowres.core.example import IGNORED, Batch
-from lowres.core.learner import Learner, forward_arguments, wide
+from lowres.core.learner import Learner, forward_arguments, prompted, wide
 from lowres.core.parts import Circumstance, Lever, PositiveInt, part
 
 if TYPE_CHECKING:
@@ -113,4 +113,7 @@ class ChunkedLearner(Learner):
         if torch.is_grad_enabled():
             heads.stop_at_unknown_tail(inner, stand_in.probe, made, tail(stand_in.probe))
         head = stand_in.head
-        return stand_in.hidden, lambda hidden: tail(head(hidden))
+        hidden_BTD = stand_in.hidden
+        if self.head in ("causal", "masked") and prompted(self.base):
+            hidden_BTD = hidden_BTD[:, -batch["labels"].shape[1] :]
+        return hidden_BTD, lambda hidden: tail(head(hidden))
