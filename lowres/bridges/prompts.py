@@ -84,7 +84,37 @@ class PromptedSeq2SeqLM(_Prompted, PeftModelForSeq2SeqLM):
 
 
 class PromptedClassifier(_Prompted, PeftModelForSequenceClassification):
-    """An encoder with a head over its first column, which is then the prompt's first vector."""
+    """An encoder with a head over its first column, which is then the prompt's first vector; or a
+    decoder, read at the last token that is no padding.
+
+    A decoder looks for that token among the ids of a row, which PEFT does not hand on: loaded by
+    PEFT alone it is read at the last column, so that rows of a batch want equal lengths.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self._adapters_disabled or _kind_of(self.base_model) != "decoder" or input_ids is None:
+            return super().forward(input_ids, attention_mask, **kwargs)
+        prompts_BPD = self.get_prompt(batch_size=input_ids.shape[0])
+        length = prompts_BPD.shape[1]
+        padding = self.base_model.config.get_text_config().pad_token_id
+        some_token = 1 if padding == 0 else 0
+
+        def put(_: nn.Module, __: Any, embedded: torch.Tensor) -> torch.Tensor:
+            return torch.cat([prompts_BPD.to(embedded.dtype), embedded[:, length:]], 1)
+
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (length, 0), value=1)
+        ids = nn.functional.pad(input_ids, (length, 0), value=some_token)
+        hook = self.word_embeddings.register_forward_hook(put)
+        try:
+            return self.base_model(ids, attention_mask=attention_mask, **kwargs)
+        finally:
+            hook.remove()
 
 
 class PromptedMaskedLM(_Prompted, PeftModelForFeatureExtraction):
@@ -180,18 +210,17 @@ def _stop_unless_served(model: nn.Module, blocks: Blocks) -> None:
     get: Any = getattr(model, "get_input_embeddings", lambda: None)
     if not isinstance(get(), nn.Embedding) or "inputs_embeds" not in forward_arguments(model):
         raise _refusal(f"{name} takes no embeddings of tokens in their place; use lora")
-    if _task_of(model) == "SEQ_CLS" and _reads_ids(model):
+    if _task_of(model) == "SEQ_CLS" and _kind_of(model) == "encoder_decoder":
         raise _refusal(
-            f"{name} finds the token it is read at by the ids of a row, and vectors have none; use "
-            "the objective label_words, or prefix_tuning"
+            f"{name} makes its decoder's input of the ids of a row, and vectors have none; use the "
+            "objective label_words, or prefix_tuning"
         )
 
 
-def _reads_ids(model: Any) -> bool:
-    """Whether a classification head is put on the last token that is no padding, or the end."""
+def _kind_of(model: Any) -> str:
     from lowres.bridges.kinds import kind_of
 
-    return kind_of(model.config) != "encoder"
+    return kind_of(model.config)
 
 
 def _refusal(why: str) -> InputError:
