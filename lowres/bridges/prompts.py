@@ -162,9 +162,7 @@ def inject(model: nn.Module, blocks: Blocks, config: str, length: int, **fields:
         modules_to_save=list(blocks.head) or None,
         **fields,
     )
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads a name that transformers 5.23 deprecates.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    with _quiet():
         adapted = _CLASSES[task](model, made)
     taken: Any = adapted.word_embeddings
     # T5's encoder has a module of its own over the shared weight.
@@ -184,7 +182,17 @@ def load(model: nn.Module, folder: Path) -> PeftModel | None:
     cls = _CLASSES[config.task_type]
     # PEFT asks the type of the task before the class it is called by.
     config.task_type = None
-    return cls.from_pretrained(model, str(folder), config=config)
+    with _quiet():
+        loaded: PeftModel = cls.from_pretrained(model, str(folder), config=config)
+    return loaded
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads a name that transformers 5.23 deprecates.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
 
 
 def _task_of(model: nn.Module) -> str:

@@ -31,6 +31,9 @@ class Prompted(Method):
         "use 'length_bucketing', which pads little",
         "rotating": "the vectors lie below all blocks, so that backward goes through every block, "
         "whichever's turn it is; use freezing 'none', or a method that trains within blocks (lora)",
+        "frozen_input": "the vectors stand where the embeddings are, so that backward goes through "
+        "all blocks down to the input; use freezing 'none' or 'suffix', or a method that trains "
+        "within blocks (lora)",
     }
     config: ClassVar[str]
     """The name of PEFT's configuration class."""
