@@ -8,22 +8,27 @@ gradient masks).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lowres.core.errors import InputError, Problem
 from lowres.core.method import Taxonomy
-from lowres.core.parts import Circumstance, PositiveInt, part
-from lowres.methods._injected import Injected
+from lowres.core.parts import PositiveInt, part
+from lowres.methods._adapter import Adapter
 
 if TYPE_CHECKING:
-    from lowres.core.recipe import Recipe
+    from torch import nn
+
+    from lowres.core.blocks import Blocks
+    from lowres.core.delta import Piece
 
 
 @part
-class Shira(Injected):
-    """`y = (W + S) x` with S sparse, from zero, at places drawn once; the places are saved.
+class Shira(Adapter):
+    """`y = W x + S x` with S sparse, from zero, at places drawn once; the places are saved.
 
-    Every forward pass makes W + S, which is as large as the weight, and so does the gradient.
+    Layers of one shape have the same places, those that PEFT draws from the same seed. The input of
+    every layer is kept for backward.
 
     Args:
         rank: As many entries as LoRA of this rank has parameters, rank (i + o).
@@ -34,33 +39,30 @@ class Shira(Injected):
     taxonomy: ClassVar[Taxonomy] = "selective"
     # The range of lora.
     learning_rate_hint: ClassVar[tuple[float, float]] = (5e-5, 1e-3)
+    mergeable: ClassVar[bool] = True
     sample_fields: ClassVar[Mapping[str, Any]] = {"rank": 2}
-    refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "divided": "W + S wants the whole weight, of which a process may hold a part; use lora",
-    }
-    config: ClassVar[str] = "ShiraConfig"
 
     rank: PositiveInt = 8
     mask_seed: int = 0
+    targets: str = "all-linear"
 
-    def check(self, recipe: Recipe) -> Iterator[str]:
-        yield from super().check(recipe)
-        if recipe.loop.precision == "no" and recipe.model.dtype != "float32":
-            for lever in recipe.levers:
-                if "int8" in lever.brings:
-                    yield (
-                        f"beside '{lever.name}' S is multiplied in float32 with an input in "
-                        f"{recipe.model.dtype}, which autocast alone brings together; set "
-                        "loop.precision to bf16"
-                    )
+    def pieces(self, model: nn.Module, blocks: Blocks) -> Sequence[Piece]:
+        from lowres.bridges import peft
+        from lowres.core.delta import Piece, features
+        from lowres.methods._drawn import DrawnDelta
 
-    def settings(self) -> Mapping[str, Any]:
-        return {"r": self.rank, "random_seed": self.mask_seed}
-
-    def misfit(self, inputs: int, outputs: int) -> str | None:
-        most = inputs * outputs // (inputs + outputs)
-        if self.rank > most:
-            return (
-                f"rank {self.rank} asks for more entries than there are; set it to at most {most}"
-            )
-        return None
+        alike: dict[int, list[str]] = {}
+        for path in peft.linear_paths(model, blocks, self.targets):
+            i, o = features(model.get_submodule(path))
+            most = i * o // (i + o)
+            if self.rank > most:
+                text = (
+                    f"'{self.name}' at {path}: rank {self.rank} asks for more entries than there "
+                    f"are; set it to at most {most}"
+                )
+                raise InputError("the recipe", [Problem("method", text)])
+            alike.setdefault(self.rank * (i + o), []).append(path)
+        return [
+            Piece(DrawnDelta, paths, {"n": count, "seed": self.mask_seed})
+            for count, paths in alike.items()
+        ]

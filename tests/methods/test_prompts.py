@@ -119,6 +119,22 @@ def test_what_trains_is_the_prompt_or_what_makes_it(make: Callable[[], Any]) -> 
     assert count(adapt(make(), "p_tuning", encoder="lstm", hidden=H)) == P * D + lstm + behind
 
 
+def test_as_many_train_as_in_published_comparisons() -> None:
+    """Reference: LoRETTA (arXiv 2402.11417) prints .23 M for P-tuning of a model of DeBERTa-base's
+    width; 20 vectors of Llama-2-7B's are 82 k.
+    """
+    with torch.device("meta"):
+        wide = T5ForConditionalGeneration(
+            T5Config(vocab_size=32, d_model=768, d_kv=64, d_ff=8, num_layers=1, num_heads=1)
+        )
+    assert round(count(adapt(wide, "p_tuning", length=20)) / 1e6, 2) == 0.23
+    with torch.device("meta"):
+        wide = T5ForConditionalGeneration(
+            T5Config(vocab_size=32, d_model=4096, d_kv=64, d_ff=8, num_layers=1, num_heads=1)
+        )
+    assert count(adapt(wide, length=20)) == 81_920
+
+
 def test_vectors_start_at_embeddings_of_the_vocabulary_or_at_random() -> None:
     """Behaviour."""
     model = llama()
