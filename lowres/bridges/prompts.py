@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 class _Prompted(PeftModel):
     """What PEFT 0.21 leaves out: switching off where a model does not generate, and of the head;
-    and no warning that positions made without the prompt are put aside."""
+    vectors that are the same with autocast and when they are saved; and no warning that positions
+    made without the prompt are put aside."""
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -57,6 +58,19 @@ class _Prompted(PeftModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         call = self.base_model.generate if self._adapters_disabled else super().generate
         return call(*args, **kwargs)
+
+    def get_prompt(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._as_it_is():
+            made: torch.Tensor = super().get_prompt(*args, **kwargs)
+        return made
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        with self._as_it_is():
+            saved: torch.Tensor = super().get_prompt_embedding_to_save(adapter_name)
+        return saved
+
+    def _as_it_is(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.word_embeddings.weight.device.type, enabled=False)
 
     def _adjust_prompt_learning_kwargs(self, peft_config: Any, *, kwargs: Any, **how: Any) -> None:
         kwargs.pop("position_ids", None)

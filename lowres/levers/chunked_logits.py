@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from lowres.core.errors import InputError
 from lowres.core.example import IGNORED, Batch
-from lowres.core.learner import Learner, forward_arguments, prompted, wide
+from lowres.core.learner import Learner, forward_arguments, wide
 from lowres.core.parts import Circumstance, Lever, PositiveInt, part
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class ChunkedLearner(Learner):
             heads.stop_at_unknown_tail(inner, stand_in.probe, made, tail(stand_in.probe))
         head = stand_in.head
         hidden_BTD = stand_in.hidden
-        if self.head in ("causal", "masked") and prompted(self.base):
-            hidden_BTD = hidden_BTD[:, -batch["labels"].shape[1] :]
+        tokens = batch["labels"].shape[1]
+        if hidden_BTD.shape[1] > tokens:  # those of a soft prompt come first
+            hidden_BTD = hidden_BTD[:, -tokens:]
         return hidden_BTD, lambda hidden: tail(head(hidden))

@@ -275,6 +275,21 @@ def test_what_is_saved_is_the_vectors_alone(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_vectors_are_made_alike_with_autocast_and_when_they_are_saved(
+    encoder: str, tmp_path: Path
+) -> None:
+    """Reference: the trained model under autocast; loaded, where no network makes the vectors."""
+    model = adapt(llama(), "p_tuning", encoder=encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(IDS, labels=IDS).loss.backward()
+        kept = model(IDS).logits
+        model.save_pretrained(tmp_path)
+        loaded = bridge.load_adapter(llama(), tmp_path)
+        assert torch.equal(loaded(IDS).logits, kept)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 class _NoTokenizer:
     def save_pretrained(self, folder: Path) -> None:
         pass
