@@ -33,6 +33,7 @@ from lowres.core.example import IGNORED
 from lowres.core.learner import Learner
 from lowres.levers.chunked_logits import ChunkedLearner
 from lowres.run.build import build
+from lowres.run.weights import casts, types_of
 from tests.conftest import sample_part
 
 METHODS = ("prompt_tuning", "p_tuning")
@@ -357,6 +358,18 @@ def test_a_model_without_a_table_of_positions_takes_longer_rows(recipe: Callable
     """Behaviour: T5's tokenizer says 64, its relative positions have no end."""
     build(recipe("encoder_decoder", method="p_tuning", objective="label_words",
                  loop={"max_length": 62}))  # fmt: skip
+
+
+def test_weights_are_known_by_their_names_in_the_plain_model() -> None:
+    """Behaviour: what was cast after loading is told, though prompts prefix names otherwise."""
+    model = llama().bfloat16()
+    loaded = types_of(model)
+    adapted = adapt(model)
+    assert types_of(adapted) == loaded
+    assert casts(loaded, adapted) is None
+    adapted.float()
+    told = casts(loaded, adapted)
+    assert told is not None and told.startswith(f"cast: {len(loaded)} tensors")
 
 
 def test_merging_is_refused() -> None:
