@@ -109,7 +109,9 @@ def _product(
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if weight.dtype == dtype:
         return F.linear(x, weight.t() if transposed else weight, bias)
-    return _Widened.apply(x, weight, bias, transposed)
+    # Of rows that are flat the product is no view, so that what is made may be added to in place.
+    flat: torch.Tensor = _Widened.apply(x.reshape(-1, x.shape[-1]), weight, bias, transposed)
+    return flat.view(*x.shape[:-1], -1)
 
 
 class _Widened(torch.autograd.Function):

@@ -48,11 +48,11 @@ def inject(model: nn.Module, config: Any, blocks: Blocks) -> nn.Module:
         # PEFT 0.21 reads a name that transformers 5.23 deprecates.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         adapted = peft.get_peft_model(model, config)
-    adapted.peft_config["default"].task_type = _task_type(model)
+    adapted.peft_config["default"].task_type = task_type(model)
     return adapted
 
 
-def _task_type(model: nn.Module) -> str | None:
+def task_type(model: nn.Module) -> str | None:
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
@@ -155,9 +155,13 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     """The model with a saved adapter beside its weights, frozen; lowres's own kinds are known."""
     import peft
 
+    from lowres.bridges import prompts
     from lowres.bridges.peft_configs import keep_types
 
     preload()
+    prompted = prompts.load(model, folder)
+    if prompted is not None:
+        return prompted
     adapted = peft.PeftModel.from_pretrained(model, str(folder))
     keep_types(adapted)
     return adapted

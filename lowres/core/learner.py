@@ -107,11 +107,28 @@ class Learner:
         elif self.kind == "vision":
             # It tells how many tokens there are; no patch is padding.
             inputs.pop("attention_mask", None)
+        keeps = "logits_to_keep" in forward_arguments(self.base)
+        if self.head in ("causal", "masked") and prompted(self.base):
+            return self._without_prompt(inputs, positions, keeps)
         if positions is None:
             return cast("torch.Tensor", self.module(**inputs).logits)
-        if "logits_to_keep" in forward_arguments(self.base):
+        if keeps:
             return cast("torch.Tensor", self.module(**inputs, logits_to_keep=positions).logits)
         return cast("torch.Tensor", self.module(**inputs).logits[:, positions])
+
+    def _without_prompt(
+        self, inputs: Batch, positions: torch.Tensor | None, keeps: bool
+    ) -> torch.Tensor:
+        """Logits of the row's own tokens, which are the last columns."""
+        tokens = inputs["input_ids"].shape[1]
+        wanted: Any = tokens if positions is None else positions - tokens
+        if keeps:
+            return cast("torch.Tensor", self.module(**inputs, logits_to_keep=wanted).logits)
+        logits = cast("torch.Tensor", self.module(**inputs).logits)
+        # One column where the head was taken away: there is nothing to be left out.
+        if positions is None:
+            return logits[:, -tokens:] if logits.shape[1] > tokens else logits
+        return logits[:, wanted]
 
     def decoder_inputs(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels (B, S) moved one to the right behind the start token,
@@ -137,13 +154,18 @@ class Learner:
         if self.head == "causal":
             # Shifting the labels instead of the logits saves a (B, T - 1, V) copy.
             labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        flat = wide(logits).view(-1, logits.shape[-1])
+        flat = wide(logits).reshape(-1, logits.shape[-1])
         return -F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none")
 
 
 def wide(scores: torch.Tensor) -> torch.Tensor:
     """Scores in float32, or as they are when they are wider: a loss is never summed in 16 bits."""
     return scores.float() if scores.element_size() < 4 else scores
+
+
+def prompted(model: nn.Module) -> bool:
+    """Whether the model puts vectors of a soft prompt before the tokens of a row."""
+    return hasattr(model, "prompt_encoder")
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:

@@ -61,6 +61,10 @@ class Method(Part):
         """The plain model with what was learned folded in."""
         raise NotImplementedError
 
+    def positions(self) -> int:
+        """How many positions of the model it takes before each row."""
+        return 0
+
     def uneven(self) -> str | None:
         """Why blocks built alike do not work alike under it, so that a plan traces all of them."""
         return None

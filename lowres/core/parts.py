@@ -44,12 +44,12 @@ Guard = Literal["gradients", "moved", "frozen", "saved"]
 
 Circumstance = Literal[
     "quantised", "nf4", "int8", "in_backward", "without_gradients", "rotating", "divided", "packed",
-    "chunked", "tiled", "recomputed",
+    "chunked", "tiled", "recomputed", "frozen_input",
 ]  # fmt: skip
 """What a part brings that another may not work with: weights in 4 or 8 bits, and which of the two;
 updates within the backward pass; updates without one; freezing that takes turns; parameters spread
 over processes; several rows in one; logits made slice by slice; feed-forward parts run on slices of
-tokens; blocks run once more in backward."""
+tokens; blocks run once more in backward; nothing trained at the input."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lowres.core.errors import LowresError
-from lowres.core.parts import Freezing, part
+from lowres.core.parts import Circumstance, Freezing, part
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ class Scored(Freezing):
 
     The embeddings stay frozen.
     """
+
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"frozen_input"})
 
     def scores(self, learner: Learner, sample: Sample) -> torch.Tensor:
         """A score for each block, shape (L,). The model is left as it was found."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from lowres.core.parts import Freezing, part
+from lowres.core.parts import Circumstance, Freezing, part
 
 if TYPE_CHECKING:
     from lowres.core.blocks import Blocks
@@ -27,6 +27,7 @@ class Every(Freezing):
         nth: The highest block trains, and each `nth` below it.
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"frozen_input"})
     sample_fields: ClassVar[Mapping[str, Any]] = {"nth": 2}
 
     nth: Annotated[int, Field(ge=2)]

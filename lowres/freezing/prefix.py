@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowres.core.errors import InputError, Problem
-from lowres.core.parts import Freezing, PositiveInt, part
+from lowres.core.parts import Circumstance, Freezing, PositiveInt, part
 
 if TYPE_CHECKING:
     from lowres.core.blocks import Blocks
@@ -28,6 +28,7 @@ class Prefix(Freezing):
         frozen: Blocks to freeze, counted from the input (an encoder-decoder's encoder comes first).
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"frozen_input"})
     sample_fields: ClassVar[Mapping[str, Any]] = {"frozen": 1}
 
     frozen: PositiveInt

@@ -113,4 +113,8 @@ class ChunkedLearner(Learner):
         if torch.is_grad_enabled():
             heads.stop_at_unknown_tail(inner, stand_in.probe, made, tail(stand_in.probe))
         head = stand_in.head
-        return stand_in.hidden, lambda hidden: tail(head(hidden))
+        hidden_BTD = stand_in.hidden
+        tokens = batch["labels"].shape[1]
+        if hidden_BTD.shape[1] > tokens:  # those of a soft prompt come first
+            hidden_BTD = hidden_BTD[:, -tokens:]
+        return hidden_BTD, lambda hidden: tail(head(hidden))

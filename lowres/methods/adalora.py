@@ -103,6 +103,10 @@ class Adalora(Injected):
         # that others can be loaded beside it.
         adapted.peft_config["default"].inference_mode = True
         adapted.base_model.rankallocator = Allocator(self.beta)
+        # PEFT 0.21 has the count of a layer's triplets train over weights in 16 bits.
+        for name, count in adapted.named_parameters():
+            if ".ranknum." in name:
+                count.requires_grad_(False)
         whole: nn.Module = adapted
         return whole
 

@@ -144,19 +144,16 @@ def stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: Ki
     limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     limit = min(x for x in (*limits, 1 << 40) if isinstance(x, int) and x > 0)
     longest = recipe.objective.longest(recipe.task, recipe.loop.max_length, kind)
+    more = {"generated tokens": longest - recipe.loop.max_length}
+    if limits[0] is not None:
+        # A model without a table of positions takes more than its tokenizer was made for.
+        more[f"vectors of '{recipe.method.name}'"] = recipe.method.positions()
+    longest = recipe.loop.max_length + sum(more.values())
     if longest > limit:
-        generated = longest - recipe.loop.max_length
-        tail = f" (with {generated} generated tokens: {longest})" if generated else ""
-        raise InputError(
-            "the recipe",
-            [
-                Problem(
-                    "loop.max_length",
-                    f"{recipe.loop.max_length}{tail} is more than the "
-                    f"{limit} positions of the model",
-                )
-            ],
-        )
+        named = " and ".join(f"{count} {what}" for what, count in more.items() if count)
+        tail = f" (with {named}: {longest})" if named else ""
+        text = f"{recipe.loop.max_length}{tail} is more than the {limit} positions of the model"
+        raise InputError("the recipe", [Problem("loop.max_length", text)])
 
 
 def request_of(recipe: Recipe, inputs: Inputs) -> LoadRequest:

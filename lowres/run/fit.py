@@ -141,7 +141,7 @@ def longest_row(config: Any, recipe: Recipe) -> int:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTHS[-1]
     length = recipe.loop.max_length
     generated = recipe.objective.longest(recipe.task, length, kind_of(config)) - length
-    return min(int(limit) - generated, LENGTHS[-1])
+    return min(int(limit) - generated - recipe.method.positions(), LENGTHS[-1])
 
 
 def _probe(config: Any, longest: int) -> int:

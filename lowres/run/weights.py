@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowres.bridges import narrow
+from lowres.bridges import narrow, peft
 from lowres.bridges.bitsandbytes import element_count, quantisation_state
 from lowres.core.errors import InputError, LowresError, Problem
 from lowres.core.units import format_bytes
@@ -70,24 +70,23 @@ def _stop_if(wide: bool, path: str, module: Any, found: float, bits: int) -> Non
 
 def types_of(model: nn.Module) -> dict[str, torch.dtype]:
     """Type of each parameter and buffer by its name in the plain model, adapters left out."""
-    both = (*model.named_parameters(), *model.named_buffers())
-    return {_plain(name): tensor.dtype for name, tensor in both}
+    return {name: tensor.dtype for name, tensor in _by_plain_name(model)}
 
 
-def _plain(name: str) -> str:
-    for wrapped in ("base_model.model.", "base_layer.", "original_module."):
-        name = name.replace(wrapped, "")
-    return name
+def _by_plain_name(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    inside = peft.unwrap_adapted(model)
+    for name, tensor in (*inside.named_parameters(), *inside.named_buffers()):
+        yield name.replace("base_layer.", "").replace("original_module.", ""), tensor
 
 
 def casts(loaded: Mapping[str, torch.dtype], model: nn.Module) -> str | None:
     """What has another type than when it was loaded, with its bytes now; None where nothing has."""
     changed, size_bytes = [], 0
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        was = loaded.get(_plain(name), tensor.dtype)
+    for name, tensor in _by_plain_name(model):
+        was = loaded.get(name, tensor.dtype)
         if tensor.dtype != was:
             kinds = [str(kind).removeprefix("torch.") for kind in (was, tensor.dtype)]
-            changed.append(f"{_plain(name)} ({kinds[0]} to {kinds[1]})")
+            changed.append(f"{name} ({kinds[0]} to {kinds[1]})")
             size_bytes += tensor.nbytes
     if not changed:
         return None

@@ -71,15 +71,23 @@ def rotates(one: Any) -> bool:
 
 def training(built: Any) -> set[str]:
     """Names, without those that adapters put in front, of what takes part now."""
-    return {n.replace("base_model.model.", "", 1)
-            for n, p in built.model.named_parameters() if p.requires_grad}  # fmt: skip
+    return {plain(built, n) for n, p in built.model.named_parameters() if p.requires_grad}
+
+
+def plain(built: Any, path: str) -> str:
+    """Without what adapters put in front."""
+    inside = unwrap_adapted(built.model)
+    (prefix,) = (p for p, m in built.model.named_modules() if m is inside)
+    return path.removeprefix(prefix + ".") if prefix else path
 
 
 def lowest_of(built: Any) -> int:
     names = built.learner.blocks.names
-    return min(
+    trained = [
         i for i, n in enumerate(names) if any(t.startswith(n + ".") for t in training(built))
-    )
+    ]
+    # What trains before the blocks alone sends backward through all of them.
+    return min(trained, default=0)
 
 
 def test_there_are_freezings() -> None:
@@ -100,9 +108,9 @@ def saved_bytes(built: Any, batch: Any, objective: Any) -> dict[str, int]:
     handles = []
     places = [*learner.blocks.names, *learner.blocks.stem]
     for path, module in built.model.named_modules():
-        plain = path.replace("base_model.model.", "", 1)
-        if plain in places:
-            handles.append(module.register_forward_pre_hook(lambda *_, p=plain: here.append(p)))
+        name = plain(built, path)
+        if name in places:
+            handles.append(module.register_forward_pre_hook(lambda *_, p=name: here.append(p)))
             handles.append(module.register_forward_hook(lambda *_: (here.pop(), None)[1]))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         objective.loss(learner, batch)
@@ -123,17 +131,21 @@ def test_nothing_is_kept_for_backward_below_the_lowest_trained_block(
     blocks = built.learner.blocks
     batch = built.collator(built.train_rows[:4])
     built.model.train()
+    # What is not is put before the model's input.
+    inside = {id(p) for p in unwrap_adapted(built.model).parameters()}
     for _ in turns(built, one):
         one.objective.loss(built.learner, batch).backward()
         for name, parameter in built.model.named_parameters():
-            plain = name.replace("base_model.model.", "", 1)
-            if not blocks.trains(plain.replace(".base_layer", "")):
+            if id(parameter) in inside and not blocks.trains(
+                plain(built, name).replace(".base_layer", "")
+            ):
                 assert parameter.grad is None, name
             if not parameter.requires_grad:
                 assert parameter.grad is None, name
         lowest = lowest_of(built)
         kept = saved_bytes(built, batch, one.objective)
-        if not any(t.startswith(blocks.stem) for t in training(built)):
+        before = any(p.requires_grad and id(p) not in inside for p in built.model.parameters())
+        if not before and not any(t.startswith(blocks.stem) for t in training(built)):
             below = [*blocks.names[:lowest], *blocks.stem]
             assert [n for n in below if kept.get(n)] == []
         assert any(kept.get(n) for n in blocks.names[lowest:]), "the probe saw nothing at all"
