@@ -51,9 +51,28 @@ class _Prompted(PeftModel):
             for head in working:
                 head.enable_adapters(True)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.base_model if self._adapters_disabled else super().forward
-        return call(*args, **kwargs)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self._adapters_disabled:
+            return self.base_model(input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is None:
+            return super().forward(input_ids, **kwargs)
+        length = self.active_peft_config.num_virtual_tokens
+        mask = nn.functional.pad(attention_mask, (length, 0), value=1)
+
+        def put(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**given, "attention_mask": mask}
+
+        # PEFT makes a mask of floats, into which a plan, where only integers are real, cannot look.
+        hook = self.base_model.register_forward_pre_hook(put, with_kwargs=True)
+        try:
+            return super().forward(input_ids, attention_mask, **kwargs)
+        finally:
+            hook.remove()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         call = self.base_model.generate if self._adapters_disabled else super().generate

@@ -57,7 +57,6 @@ def test_every_finding_names_its_source() -> None:
     assert all(remark.url.startswith("https://") for remark in found.remarks)
 
 
-@pytest.mark.xfail(strict=True, reason="not every method of the findings has its file")
 def test_every_method_of_the_findings_is_there() -> None:
     """Behaviour: a misspelt name would be passed over."""
     found = findings.read()
