@@ -9,23 +9,21 @@ outputs are exactly the model's; norms stay frozen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lowres.core.method import Taxonomy
-from lowres.core.parts import Circumstance, PositiveInt, part
-from lowres.methods._adapter import Adapter
-from lowres.methods._adapters import ROTATING, SHARED, Activation, behind_both, hypercomplex
+from lowres.core.parts import part
+from lowres.methods._adapters import behind_both
+from lowres.methods._compacters import Compacters
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lowres.core.blocks import Blocks
-    from lowres.core.delta import Piece
 
 
 @part
-class Compacter(Adapter):
+class Compacter(Compacters):
     """`h + W_up act(W_down h + b_down) + b_up` twice a block. Both matrices are a sum over j of
     A_j x (s_j t_j) with the A_j of all adapters in common, and are never built. Not merged, since
     it is no linear map.
@@ -38,20 +36,5 @@ class Compacter(Adapter):
         rank: r of the products s_j t_j.
     """
 
-    taxonomy: ClassVar[Taxonomy] = "hybrid"
-    # 3e-3 in the paper; 1e-3 is the upper end of Scaling Down to Scale Up
-    # (https://arxiv.org/abs/2303.15647).
-    learning_rate_hint: ClassVar[tuple[float, float]] = (1e-3, 3e-3)
-    refuses: ClassVar[Mapping[Circumstance, str]] = {"rotating": ROTATING}
-
-    reduction: PositiveInt = 32
-    activation: Activation = "gelu"
-    terms: PositiveInt = 4
-    rank: PositiveInt = 1
-
-    def pieces(self, model: nn.Module, blocks: Blocks) -> Sequence[Piece]:
-        behind = behind_both(model, blocks)
-        return hypercomplex(model, behind, self.reduction, self.activation, self.terms, self.rank)
-
-    def uneven(self) -> str:
-        return SHARED
+    def places(self, model: nn.Module, blocks: Blocks) -> Sequence[str]:
+        return behind_both(model, blocks)
