@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowres.run.build import build
+from lowres.run.gradients import micro_batches
+
 
 def llama(**changes: Any) -> Any:
     """Two blocks, four heads over two of keys and values, no biases."""
@@ -99,3 +102,32 @@ def kept_bytes(function: Any, *inputs: torch.Tensor) -> int:
         made = function(*inputs)
     assert made.requires_grad
     return sum(kept.values())
+
+
+def far_gradients(one: Any) -> tuple[Any, list[torch.Tensor | None]]:
+    """What is built of a recipe, and the gradients of a batch far from where it starts."""
+    built = build(one)
+    torch.manual_seed(0)
+    for parameter in built.model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    built.model.train()
+    (batch,) = micro_batches(one, built.learner, built.train_rows[:4], 4)
+    one.objective.loss(built.learner, batch).backward()
+    return built, [p.grad for p in built.model.parameters() if p.requires_grad]
+
+
+def all_move(one: Any) -> Any:
+    """What is built of a recipe, after two updates in which each trained parameter moved."""
+    built = build(one)
+    before = {n: p.detach().clone() for n, p in built.model.named_parameters() if p.requires_grad}
+    built.model.train()
+    for _ in range(2):
+        (batch,) = micro_batches(one, built.learner, built.train_rows[:4], 4)
+        one.objective.loss(built.learner, batch).backward()
+        built.optimizer.step()
+        built.optimizer.zero_grad()
+    assert before
+    for name, start in before.items():
+        assert not torch.equal(built.model.get_parameter(name), start), name
+    return built

@@ -18,6 +18,7 @@ from lowres.methods._by_token import TokenIds, TokenRows, fuse
 from lowres.run.build import build
 from lowres.run.gradients import micro_batches
 from tests.conftest import KINDS
+from tests.methods.adapted import all_move, far_gradients
 from tests.methods.test_prefixes import logits, plain, rows
 
 FORMS = ("embeddings", "kronecker")
@@ -190,15 +191,8 @@ def test_levers_that_reach_into_blocks_change_no_gradient(
     for levers in ([], [LEVERS[lever]]):
         one = recipe(kind, method="aot_p_tuning", objective="label_words", freezing=freezing,
                      levers=levers)  # fmt: skip
-        built = build(one)
-        torch.manual_seed(0)
-        for parameter in built.model.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.1)
-        built.model.train()
-        (batch,) = micro_batches(one, built.learner, built.train_rows[:4], 4)
-        one.objective.loss(built.learner, batch).backward()
-        found.append([p.grad for p in built.model.parameters() if p.requires_grad])
+        built, gradients = far_gradients(one)
+        found.append(gradients)
     assert len(found[0]) == 4 * (len(built.learner.blocks.names) - frozen)
     for plain_one, pulled in zip(*found, strict=True):
         assert plain_one.any() and torch.allclose(plain_one, pulled, rtol=1e-4, atol=1e-7)
@@ -225,14 +219,5 @@ def test_it_trains_over_four_bits(kind: str, form: str, recipe: Callable[..., An
     """Behaviour: every trained parameter moves."""
     method = {"name": "aot_p_tuning", "form": form, "rank": 4}
     one = recipe(kind, method=method, objective="label_words", levers=["nf4_weights"])
-    built = build(one)
-    before = {n: p.detach().clone() for n, p in built.model.named_parameters() if p.requires_grad}
-    for _ in range(2):
-        (batch,) = micro_batches(one, built.learner, built.train_rows[:4], 4)
-        one.objective.loss(built.learner, batch).backward()
-        built.optimizer.step()
-        built.optimizer.zero_grad()
-    for name, parameter in built.model.named_parameters():
-        if name in before:
-            assert not torch.equal(parameter, before[name]), name
+    built = all_move(one)
     assert any(isinstance(m, TokenIds) for m in built.model.modules())

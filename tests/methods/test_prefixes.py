@@ -19,6 +19,7 @@ from lowres.methods._prefix import KeyValuePrefix, flatten
 from lowres.run.build import build
 from lowres.run.gradients import micro_batches
 from tests.conftest import KINDS, tiny_config
+from tests.methods.adapted import all_move, far_gradients
 
 PREFIXED = ("prefix_tuning", "mam", "unipelt")
 # One unit of the bottleneck alone may be off for all tokens.
@@ -437,15 +438,7 @@ def test_levers_that_reach_into_blocks_change_no_gradient(
     found = []
     for levers in ([], [lever]):
         one = recipe(kind, method=method, objective="label_words", levers=levers)
-        built = build(one)
-        torch.manual_seed(0)
-        for parameter in built.model.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.1)
-        built.model.train()
-        (batch,) = micro_batches(one, built.learner, built.train_rows[:4], 4)
-        one.objective.loss(built.learner, batch).backward()
-        found.append([p.grad for p in built.model.parameters() if p.requires_grad])
+        found.append(far_gradients(one)[1])
     for plain_one, pulled in zip(*found, strict=True):
         assert plain_one is not None and torch.allclose(plain_one, pulled, rtol=1e-4, atol=1e-7)
 
@@ -457,14 +450,4 @@ def test_it_trains_over_four_bits(method: str, kind: str, recipe: Callable[..., 
     objective = "classification" if kind == "encoder" else "label_words"
     fields = {"name": method, **WIDE.get(method, {})}
     one = recipe(kind, method=fields, objective=objective, levers=["nf4_weights"])
-    built = build(one)
-    before = {n: p.detach().clone() for n, p in built.model.named_parameters() if p.requires_grad}
-    built.model.train()
-    for _ in range(2):
-        (batch,) = micro_batches(one, built.learner, built.train_rows[:4], 4)
-        one.objective.loss(built.learner, batch).backward()
-        built.optimizer.step()
-        built.optimizer.zero_grad()
-    for name, parameter in built.model.named_parameters():
-        if name in before:
-            assert not torch.equal(parameter, before[name]), name
+    all_move(one)
