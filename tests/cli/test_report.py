@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from lowres.cli.main import main
 from lowres.core.record import Measurement, PhaseMemory, RunRecord, Score, to_json
 
 
@@ -27,15 +25,12 @@ def write(path: Path, name: str, error: str | None = None) -> Path:
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def report(command):
     """Calls `lowres report ...` in this process; gives exit code, output and error output."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lowres", "report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
+        done = command("report", *arguments)
+        return done.returncode, done.stdout, done.stderr
 
     return call
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -65,15 +65,15 @@ def test_every_method_can_be_shown(name: str) -> None:
         assert word.strip() in text
 
 
-def test_a_method_is_counted_on_a_model() -> None:
+def test_a_method_is_counted_on_a_model(command: Callable[..., Any]) -> None:
     """Closed form: LoRA of rank r on queries and values of L blocks of width D: 4 L r D."""
-    done = lowres(
+    done = command(
         "show", "method", "lora", "--model", TINY, "--set", "method.rank=4", "--json"
     )  # fmt: skip
     told = json.loads(done.stdout)["counts"]
     assert told["trainable"] == 4 * 6 * 4 * 256
     assert told["share"] == told["trainable"] / told["model"]
-    assert f"{told['trainable']:,}" in lowres(
+    assert f"{told['trainable']:,}" in command(
         "show", "method", "lora", "--model", TINY, "--set", "method.rank=4"
     ).stdout  # fmt: skip
 
@@ -88,8 +88,10 @@ def test_a_method_is_counted_on_a_model() -> None:
         (["method", "lora", "--model", "./nowhere"], "there is no such folder"),
     ],
 )
-def test_wrong_words_exit_2_with_one_message(words: list[str], told: str, tmp_path: Path) -> None:
+def test_wrong_words_exit_2_with_one_message(
+    words: list[str], told: str, command: Callable[..., Any]
+) -> None:
     """Behaviour."""
-    done = lowres("show", *words)
+    done = command("show", *words)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert told in done.stderr

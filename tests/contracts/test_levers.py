@@ -116,7 +116,7 @@ def compare(one: Any, other: Any) -> tuple[int, int]:
     return peak, pulled_peak
 
 
-@pytest.mark.parametrize(("lever", "method", "kind"), sampled(EXACT, METHODS, KINDS, every=19))
+@pytest.mark.parametrize(("lever", "method", "kind"), sampled(EXACT, METHODS, KINDS, every=37))
 def test_an_exact_lever_changes_no_update(
     lever: str, method: str, kind: str, recipe: Callable[..., Any],
     stage: Callable[..., dict[str, Any]],
@@ -149,7 +149,7 @@ def one_vector(found: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([found[name].flatten() for name in sorted(found)])
 
 
-@pytest.mark.parametrize(("lever", "method", "kind"), sampled(LOSSY, METHODS, KINDS, every=11))
+@pytest.mark.parametrize(("lever", "method", "kind"), sampled(LOSSY, METHODS, KINDS, every=23))
 def test_a_lossy_lever_stays_within_its_tolerance(
     lever: str, method: str, kind: str, recipe: Callable[..., Any]
 ) -> None:

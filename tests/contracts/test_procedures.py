@@ -44,14 +44,20 @@ def test_it_can_be_stopped_after_every_update_and_resumed(
         "method": sample_part("method", method),
         "loop": {"steps": STEPS, "eval_every": 2, "save_every": 2, "warmup_ratio": 0.4},
     }
-    whole = lowres.run(recipe("encoder", **changes), output_folder=tmp_path / "whole", quiet=True)
+    whole = lowres.run(
+        recipe("encoder", **changes), output_folder=tmp_path / "whole", quiet=True, plan=False
+    )
     hurried = recipe("encoder", budget={"minutes": 1e-9}, **changes)
     resume = None
     for _ in range(STEPS - 1):
         with pytest.raises(OutOfTime):
-            lowres.run(hurried, output_folder=tmp_path / "parts", resume=resume, quiet=True)
+            lowres.run(
+                hurried, output_folder=tmp_path / "parts", resume=resume, quiet=True, plan=False
+            )
         resume = "latest"
-    parts = lowres.run(hurried, output_folder=tmp_path / "parts", resume=resume, quiet=True)
+    parts = lowres.run(
+        hurried, output_folder=tmp_path / "parts", resume=resume, quiet=True, plan=False
+    )
     assert parts.losses == whole.losses and len(whole.losses) == STEPS
     assert [s.value for s in parts.scores] == [s.value for s in whole.scores]
     ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
@@ -68,7 +74,7 @@ def test_the_default_setting_equals_a_loop_written_by_hand(
     from lowres.run.data import Order
 
     one = recipe("encoder", procedure=sample_part("procedure", procedure), loop={"steps": STEPS})
-    ours = lowres.run(one, output_folder=tmp_path / "ours", quiet=True)
+    ours = lowres.run(one, output_folder=tmp_path / "ours", quiet=True, plan=False)
     built = lowres.build(one)
     order = Order([r.length for r in built.train_rows], 8, STEPS, one.loop.seed)
     built.model.train()

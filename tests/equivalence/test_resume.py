@@ -49,7 +49,7 @@ def keys(raw_recipe: Callable[..., dict[str, Any]], dropping: Path) -> dict[str,
 def whole(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    lowres.run(lowres.load_recipe(keys), output_folder=folder, quiet=True)
+    lowres.run(lowres.load_recipe(keys), output_folder=folder, quiet=True, plan=False)
     return folder
 
 
@@ -73,21 +73,22 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert [s["value"] for s in record["scores"]] == [s["value"] for s in there["scores"]]
 
 
-def test_killed_at_three_random_updates_and_resumed_equals_uninterrupted(
-    keys: dict[str, Any], whole: Path, tmp_path: Path
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_at_random_updates_and_resumed_equals_uninterrupted(
+    times: int, keys: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
     """Reference: the uninterrupted run. SIGKILL leaves no chance to save; bit-equal losses, weights
     and scores."""
     recipe, folder = tmp_path / "r.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(keys))
-    points = sorted(random.Random(time.time_ns()).sample(range(5, STEPS - 8), 3))
+    points = sorted(random.Random(time.time_ns()).sample(range(5, STEPS - 8), times))
     print("killed after updates", points)
     for number, point in enumerate(points):
         arguments = ["--resume"] if number else []
         process = subprocess.Popen(
             [
                 sys.executable, "-m", "lowres", "run", str(recipe), "--output", str(folder),
-                *arguments,
+                "--no-plan", *arguments,
             ],
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -98,7 +99,9 @@ def test_killed_at_three_random_updates_and_resumed_equals_uninterrupted(
                 break
             time.sleep(0.001)
         assert process.wait() == -signal.SIGKILL, process.stderr.read() if process.stderr else ""
-    lowres.run(lowres.load_recipe(keys), output_folder=folder, resume="latest", quiet=True)
+    lowres.run(
+        lowres.load_recipe(keys), output_folder=folder, resume="latest", quiet=True, plan=False
+    )
     assert_same(folder, whole)
 
 
@@ -121,7 +124,9 @@ def test_an_interrupt_saves_exits_130_and_resumes(
     assert process.returncode == 130, said
     assert "saved" in said and "Traceback" not in said
     assert json.loads((folder / "record.json").read_text())["outcome"] == "interrupted"
-    lowres.run(lowres.load_recipe(keys), output_folder=folder, resume="latest", quiet=True)
+    lowres.run(
+        lowres.load_recipe(keys), output_folder=folder, resume="latest", quiet=True, plan=False
+    )
     assert_same(folder, whole)
 
 
@@ -132,9 +137,11 @@ def test_out_of_time_saves_and_the_rest_can_be_resumed(
     folder = tmp_path / "out"
     with pytest.raises(OutOfTime, match="checkpoint-1"):
         late = lowres.load_recipe(keys | {"budget": {"minutes": 1e-6}})
-        lowres.run(late, output_folder=folder, quiet=True)
+        lowres.run(late, output_folder=folder, quiet=True, plan=False)
     assert json.loads((folder / "record.json").read_text())["outcome"] == "out_of_time"
-    lowres.run(lowres.load_recipe(keys), output_folder=folder, resume="latest", quiet=True)
+    lowres.run(
+        lowres.load_recipe(keys), output_folder=folder, resume="latest", quiet=True, plan=False
+    )
     assert_same(folder, whole)
 
 
@@ -143,7 +150,7 @@ def test_resuming_with_another_recipe_names_what_differs(keys: dict[str, Any], w
     before = (whole / "record.json").read_text()
     other = lowres.load_recipe(keys, ["optimizer.lr=0.5"])
     with pytest.raises(InputError, match=r"`optimizer.lr` was 0.001, is 0.5"):
-        lowres.run(other, output_folder=whole, resume="latest", quiet=True)
+        lowres.run(other, output_folder=whole, resume="latest", quiet=True, plan=False)
     assert (whole / "record.json").read_text() == before
 
 

@@ -35,7 +35,7 @@ SMALL = {"name": "zero", "bucket_elements": 20_000}
 """Gradients of the tiny model fill several buckets."""
 PLANNED = [
     pytest.param(SMALL, "full", {}, 1),
-    pytest.param(SMALL | {"offload_optimizer": "none"}, "full", {}, 2),
+    pytest.param(SMALL | {"offload_optimizer": "none"}, "full", {}, 2, marks=pytest.mark.slow),
     pytest.param(SMALL | {"offload_optimizer": "none"}, "lora", {"precision": "bf16"}, 1,
                  marks=pytest.mark.slow),
     pytest.param(SMALL | {"stage": 1}, "full", {"precision": "bf16"}, 1, marks=pytest.mark.slow),
@@ -57,7 +57,7 @@ def keys(raw_recipe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def plain(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("plain") / "run"
-    return lowres.run(lowres.load_recipe(keys), output_folder=folder, quiet=True)
+    return lowres.run(lowres.load_recipe(keys), output_folder=folder, quiet=True, plan=False)
 
 
 def launched(recipe: Path, processes: int, stage: int, *arguments: str) -> str:
@@ -86,7 +86,7 @@ def test_the_losses_are_those_of_the_plain_run(
     recipe, whole, again = tmp_path / "r.yaml", tmp_path / "whole", tmp_path / "again"
     recipe.write_text(yaml.safe_dump(keys | {"levers": [lever]}))
     stage = lever.get("stage", 2)
-    said = launched(recipe, processes, stage, "--output", str(whole))
+    said = launched(recipe, processes, stage, "--output", str(whole), "--no-plan")
     assert (whole / "record.json").exists(), said
     record = json.loads((whole / "record.json").read_text())
     assert record["outcome"] == "ok" and record["environment"]["processes"] == processes
@@ -95,7 +95,7 @@ def test_the_losses_are_those_of_the_plain_run(
 
     again.mkdir()
     shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
-    said = launched(recipe, processes, stage, "--resume", str(again / "checkpoint-2"))
+    said = launched(recipe, processes, stage, "--resume", str(again / "checkpoint-2"), "--no-plan")
     resumed = json.loads((again / "record.json").read_text())
     assert resumed["losses"] == record["losses"], said
     name = "model/adapter_model.safetensors"
@@ -126,7 +126,9 @@ def test_what_lies_on_a_disk_is_trained_the_same(
         model={"checkpoint": "package:lowres/assets/tiny_lm"}, objective="label_words",
         loop={"steps": 3, "micro_batch_size": 2},
     )  # fmt: skip
-    plain = lowres.run(lowres.load_recipe(keys), output_folder=tmp_path / "plain", quiet=True)
+    plain = lowres.run(
+        lowres.load_recipe(keys), output_folder=tmp_path / "plain", quiet=True, plan=False
+    )
     wanted = keys | {"levers": [NVME | {"nvme_path": str(tmp_path / "disk")}]}
     with pytest.raises(InputError, match="do not bring the weights back"):
         lowres.load_recipe(wanted | {"loop": keys["loop"] | {"save_every": 2}})
@@ -245,7 +247,7 @@ NOTICED = {
         pytest.param(ZERO2, "gradients"),
         pytest.param(ZERO2, "moved", marks=pytest.mark.slow),
         pytest.param(ZERO2, "frozen", marks=pytest.mark.slow),
-        pytest.param(ZERO2, "saved"),
+        pytest.param(ZERO2, "saved", marks=pytest.mark.slow),
         pytest.param(ZERO3, "gradients", marks=pytest.mark.slow),
         pytest.param(ZERO3, "moved", marks=pytest.mark.slow),
         pytest.param(ZERO3, "frozen", marks=pytest.mark.slow),

@@ -19,7 +19,7 @@ from lowres.run.assumed import inputs_for
 from lowres.run.build import build
 from lowres.run.plan import plan
 from lowres.run.rehearsal import rehearse
-from tests.conftest import KINDS
+from tests.conftest import KINDS, sampled
 from tests.contracts.test_levers import SMOOTH, compare
 from tests.planner.conftest import config_folder, planned_recipe
 
@@ -121,8 +121,7 @@ def test_nothing_of_a_forward_pass_stays_but_what_is_fixed(recipe: Callable[...,
         assert counted.host_peak_bytes > 0 and counted.host_bytes == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("levers", [OFFLOAD, BOTH])
+@pytest.mark.parametrize(("levers", "kind"), sampled([OFFLOAD, BOTH], KINDS, every=3))
 def test_planned_bytes_are_measured_bytes(
     kind: str, levers: Any, recipe: Callable[..., Any], in_folder: Any
 ) -> None:

@@ -223,11 +223,11 @@ def test_a_broken_file_is_made_anew_and_that_is_said(
     """Behaviour: the losses of the first run, and its file bit for bit."""
     damage, reason = BREAKS[case]
     _, kept = pair()
-    losses = lowres.run(kept, quiet=True).losses
+    losses = lowres.run(kept, quiet=True, plan=False).losses
     (path,) = folder.iterdir()
     whole = path.read_bytes()
     damage(path)
-    again = lowres.run(kept, quiet=True)
+    again = lowres.run(kept, quiet=True, plan=False)
     assert again.losses == losses
     (told,) = [e.text for e in again.events if e.kind == "lever"]
     assert "made anew" in told and reason in told
@@ -273,9 +273,11 @@ def test_what_decides_on_the_states_names_the_file(
 def test_a_resumed_run_reads_the_file(pair: Callable[..., Any], in_folder: Path) -> None:
     """Reference: the run that was not interrupted, bit for bit."""
     _, kept = pair(loop={"save_every": 2})
-    whole = lowres.run(kept, output_folder=in_folder / "whole", quiet=True)
+    whole = lowres.run(kept, output_folder=in_folder / "whole", quiet=True, plan=False)
     shutil.copytree(in_folder / "whole" / "checkpoint-2", in_folder / "again" / "checkpoint-2")
-    again = lowres.run(kept, resume=str(in_folder / "again" / "checkpoint-2"), quiet=True)
+    again = lowres.run(
+        kept, resume=str(in_folder / "again" / "checkpoint-2"), quiet=True, plan=False
+    )
     assert again.losses == whole.losses
     assert any("read from" in e.text for e in again.events)
 
@@ -302,7 +304,7 @@ def test_what_cannot_be_kept_is_refused_before_weights_are_read(
     changes, reason = REFUSED[case]
     monkeypatch.setattr(transformers, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(InputError) as refusal:
-        lowres.run(pair(**changes)[1], quiet=True)
+        lowres.run(pair(**changes)[1], quiet=True, plan=False)
     assert any(reason in problem.text for problem in refusal.value.problems)
 
 
@@ -388,7 +390,7 @@ def test_minilm_learns_cola_with_four_of_six_blocks_kept(
         "freezing": {"name": "prefix", "frozen": 4},
         "loop": {"steps": 8, "micro_batch_size": 8, "global_batch_size": 16, "max_length": 64},
     }
-    plain, kept = (lowres.run(one, quiet=True) for one in pair(**changes))
+    plain, kept = (lowres.run(one, quiet=True, plan=False) for one in pair(**changes))
     assert kept.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
@@ -399,7 +401,7 @@ def test_running_out_of_memory_while_the_file_is_made_makes_it_again(
     from lowres.levers import _prefix_states as states
 
     plain, kept = pair()
-    whole = lowres.run(plain, output_folder=tmp_path / "plain", quiet=True)
+    whole = lowres.run(plain, output_folder=tmp_path / "plain", quiet=True, plan=False)
     write, tried = states.files.write_table, []
 
     def short(*arguments: Any) -> None:
@@ -409,6 +411,6 @@ def test_running_out_of_memory_while_the_file_is_made_makes_it_again(
         write(*arguments)
 
     monkeypatch.setattr(states.files, "write_table", short)
-    record = lowres.run(kept, output_folder=tmp_path / "kept", quiet=True)
+    record = lowres.run(kept, output_folder=tmp_path / "kept", quiet=True, plan=False)
     assert len(tried) == 2
     assert record.losses == pytest.approx(whole.losses, rel=1e-5)

@@ -13,7 +13,7 @@ from lowres.memory import device as devices
 from lowres.run.build import build
 from lowres.run.gradients import micro_batches
 from lowres.run.plan import plan
-from tests.conftest import KINDS
+from tests.conftest import KINDS, sampled
 from tests.contracts.test_levers import SMOOTH, compare
 from tests.planner.conftest import config_folder, planned_recipe
 
@@ -70,7 +70,7 @@ def test_a_plan_traces_every_block(k: int, planned_recipe: Callable[..., Any]) -
     assert there.phases["steady_steps"].live_bytes < found.phases["steady_steps"].live_bytes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS, every=3))
 def test_planned_bytes_are_measured_bytes(
     kind: str, recipe: Callable[..., Any], in_folder: Any
 ) -> None:

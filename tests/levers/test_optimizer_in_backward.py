@@ -100,10 +100,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         levers=LEVER, optimizer={"name": optimizer, "lr": 1e-3}, budget=budget,
         loop=LOOP | {"warmup_ratio": 0.5, "save_every": 2},
     )  # fmt: skip
-    whole = lowres.run(make(), output_folder=tmp_path / "a", quiet=True)
+    whole = lowres.run(make(), output_folder=tmp_path / "a", quiet=True, plan=False)
     with pytest.raises(LowresError):
-        lowres.run(make(minutes=1e-6), output_folder=tmp_path / "b", quiet=True)
-    again = lowres.run(make(), output_folder=tmp_path / "b", resume="latest", quiet=True)
+        lowres.run(make(minutes=1e-6), output_folder=tmp_path / "b", quiet=True, plan=False)
+    again = lowres.run(
+        make(), output_folder=tmp_path / "b", resume="latest", quiet=True, plan=False
+    )
     assert again.losses == whole.losses
     assert again.learning_rates == whole.learning_rates
     assert len(set(whole.learning_rates)) > 2
@@ -169,7 +171,9 @@ def test_an_update_that_ran_out_of_memory_is_not_repeated(
 
     monkeypatch.setattr(BackPropagation, "accumulate", failing)
     with pytest.raises(OutOfMemory, match="cannot be repeated"):
-        lowres.run(recipe(levers=LEVER, loop=LOOP), output_folder=tmp_path / "a", quiet=True)
+        lowres.run(
+            recipe(levers=LEVER, loop=LOOP), output_folder=tmp_path / "a", quiet=True, plan=False
+        )
 
 
 def test_an_update_with_other_values_than_announced_is_an_error(recipe: Callable[..., Any]) -> None:

@@ -249,14 +249,20 @@ def test_a_run_that_was_stopped_and_resumed_equals_the_uninterrupted_one(
         loop={"precision": precision, "save_every": 1, "eval_every": 2},
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):
-        whole = lowres.run(lowres.load_recipe(keys), output_folder=tmp_path / "a", quiet=True)
+        whole = lowres.run(
+            lowres.load_recipe(keys), output_folder=tmp_path / "a", quiet=True, plan=False
+        )
     assert whole.outcome == "ok"
     assert [r for r in caplog.records if r.name.startswith("bitsandbytes")] == []
     late = lowres.load_recipe(keys | {"budget": {"minutes": 1e-6}})
     with pytest.raises(OutOfTime):
-        lowres.run(late, output_folder=tmp_path / "b", quiet=True)
+        lowres.run(late, output_folder=tmp_path / "b", quiet=True, plan=False)
     resumed = lowres.run(
-        lowres.load_recipe(keys), output_folder=tmp_path / "b", resume="latest", quiet=True
+        lowres.load_recipe(keys),
+        output_folder=tmp_path / "b",
+        resume="latest",
+        quiet=True,
+        plan=False,
     )
     assert resumed.losses == whole.losses
     assert [s.value for s in resumed.scores] == [s.value for s in whole.scores]
@@ -277,4 +283,4 @@ def test_on_cuda_they_are_loaded_where_they_are_trained(
     model = build(one).model
     held = [t for layer in quantised(model).values() for t in bridge.quantisation_state(layer)]
     assert {t.device.type for t in (*held, *model.parameters(), *model.buffers())} == {"cuda"}
-    assert lowres.run(one, output_folder=tmp_path / "out", quiet=True).outcome == "ok"
+    assert lowres.run(one, output_folder=tmp_path / "out", quiet=True, plan=False).outcome == "ok"

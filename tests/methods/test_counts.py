@@ -14,7 +14,7 @@ import pytest
 
 from lowres.core import registry
 from lowres.core.learner import Kind
-from tests.conftest import tiny_config
+from tests.conftest import KINDS, sample_part, sampled, tiny_config
 
 MODELS = ("t5-large", "t5-3b", "t5-11b")
 COUNTS: dict[str, tuple[str, dict[str, Any], tuple[str | None, str | None, str | None]]] = {
@@ -85,14 +85,12 @@ def test_there_are_rows() -> None:
     assert len(ROWS) >= 12
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder", "encoder_decoder"])
-@pytest.mark.parametrize("method", registry.names("method"))
+@pytest.mark.parametrize(("method", "kind"), sampled(registry.names("method"), KINDS, every=3))
 def test_a_count_from_shapes_is_that_of_the_model(method: str, kind: Kind, recipe: Any) -> None:
     """Reference: parameters that require a gradient in a model that was built and has weights."""
     from lowres.core.errors import InputError, LowresError
     from lowres.run.build import build
     from lowres.run.counts import counts
-    from tests.conftest import sample_part
 
     objective = "label_words"
     try:

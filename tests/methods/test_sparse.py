@@ -224,7 +224,7 @@ def test_a_run_that_died_goes_on_with_what_it_had_chosen(
         optimizer={"name": "adamw", "lr": 0.05},
         loop={"steps": 4, "save_every": 1, "keep_checkpoints": 9},
     )  # fmt: skip
-    whole = lowres.run(one, output_folder=tmp_path / "whole", quiet=True)
+    whole = lowres.run(one, output_folder=tmp_path / "whole", quiet=True, plan=False)
     wanted = load_file(tmp_path / "whole" / "model" / "adapter_model.safetensors")
     if method in CHOSEN:
         look = type(one.method).observe
@@ -238,7 +238,7 @@ def test_a_run_that_died_goes_on_with_what_it_had_chosen(
         again = tmp_path / f"after-{stop}"
         again.mkdir()
         (tmp_path / "whole" / f"checkpoint-{stop}").rename(again / f"checkpoint-{stop}")
-        resumed = lowres.run(one, resume=str(again / f"checkpoint-{stop}"), quiet=True)
+        resumed = lowres.run(one, resume=str(again / f"checkpoint-{stop}"), quiet=True, plan=False)
         assert resumed.losses == whole.losses
         found = load_file(again / "model" / "adapter_model.safetensors")
         assert found.keys() == wanted.keys()
@@ -372,7 +372,7 @@ def test_diff_pruning_trains_over_few_bits(recipe: Callable[..., Any], tmp_path:
         method={"name": "diff_pruning", "share": 0.1}, levers=[{"name": "nf4_weights"}],
         objective="label_words", loop={"steps": 2},
     )  # fmt: skip
-    assert lowres.run(one, output_folder=tmp_path / "out", quiet=True).outcome == "ok"
+    assert lowres.run(one, output_folder=tmp_path / "out", quiet=True, plan=False).outcome == "ok"
 
 
 def test_gradients_of_a_fused_projection_are_those_of_its_outputs_by_its_inputs() -> None:
@@ -443,7 +443,10 @@ def test_recomputing_activations_changes_nothing(
     }
     plain, again = (
         lowres.run(
-            recipe(levers=levers, **keys), output_folder=tmp_path / str(len(levers)), quiet=True
+            recipe(levers=levers, **keys),
+            output_folder=tmp_path / str(len(levers)),
+            quiet=True,
+            plan=False,
         )
         for levers in ([], [{"name": "gradient_checkpointing"}])
     )

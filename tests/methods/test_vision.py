@@ -211,14 +211,20 @@ def test_a_run_that_was_stopped_resumes_as_one_without_a_break(
 ) -> None:
     """Reference: the uninterrupted run; equal losses and scores."""
     keys = raw("attn_scale", loop={"steps": 5, "save_every": 2})
-    whole = lowres.run(lowres.load_recipe(keys), output_folder=tmp_path / "whole", quiet=True)
+    whole = lowres.run(
+        lowres.load_recipe(keys), output_folder=tmp_path / "whole", quiet=True, plan=False
+    )
     assert whole.outcome == "ok"
     assert {s.split for s in whole.scores} == {"in_domain", "out_of_domain"}
     with pytest.raises(OutOfTime):
         late = lowres.load_recipe(keys | {"budget": {"minutes": 1e-6}})
-        lowres.run(late, output_folder=tmp_path / "cut", quiet=True)
+        lowres.run(late, output_folder=tmp_path / "cut", quiet=True, plan=False)
     rest = lowres.run(
-        lowres.load_recipe(keys), output_folder=tmp_path / "cut", resume="latest", quiet=True
+        lowres.load_recipe(keys),
+        output_folder=tmp_path / "cut",
+        resume="latest",
+        quiet=True,
+        plan=False,
     )
     assert rest.losses == whole.losses
     assert [s.value for s in rest.scores] == [s.value for s in whole.scores]

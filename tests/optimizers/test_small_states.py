@@ -14,6 +14,7 @@ from torch import nn
 import lowres
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
+from tests.conftest import sampled
 
 LOOP = {"micro_batch_size": 8, "max_grad_norm": None}
 FIELDS: dict[str, dict[str, Any]] = {
@@ -144,8 +145,7 @@ def test_small_matrices_tables_and_vectors_are_updated_by_adamw(name: str) -> No
         assert torch.allclose(*given, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(("name", "method"), sampled([*FIELDS], ["full", "lora"], every=3))
 def test_a_run_is_planned_to_the_byte_and_resumed_to_the_bit(
     name: str, method: str, recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -160,8 +160,10 @@ def test_a_run_is_planned_to_the_byte_and_resumed_to_the_bit(
         planned = whole.plan["phases"][phase]["live_bytes"]
         assert planned == whole.measured.phases[phase].live_bytes, phase  # type: ignore[index]
     with pytest.raises(LowresError):
-        lowres.run(make(minutes=1e-6), output_folder=tmp_path / "b", quiet=True)
-    again = lowres.run(make(), output_folder=tmp_path / "b", resume="latest", quiet=True)
+        lowres.run(make(minutes=1e-6), output_folder=tmp_path / "b", quiet=True, plan=False)
+    again = lowres.run(
+        make(), output_folder=tmp_path / "b", resume="latest", quiet=True, plan=False
+    )
     assert again.losses == whole.losses
 
 

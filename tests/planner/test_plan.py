@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("variant", "target"), sampled([*VARIANTS], ["cpu", "cuda"], every=4))
+@pytest.mark.parametrize(("variant", "target"), sampled([*VARIANTS], ["cpu", "cuda"], every=7))
 def test_four_blocks_extended_are_all_blocks_traced(
     variant: str, target: Any, planned_recipe: Callable[..., Any]
 ) -> None:

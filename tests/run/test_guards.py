@@ -26,7 +26,7 @@ from tests.conftest import KINDS
 
 
 def go(one: Any, folder: Path) -> Any:
-    return lowres.run(one, output_folder=folder / "out", quiet=True)
+    return lowres.run(one, output_folder=folder / "out", quiet=True, plan=False)
 
 
 @pytest.fixture

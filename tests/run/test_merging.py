@@ -30,7 +30,7 @@ def trained(recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., tuple[A
             **{"model": TINY, "method": STRONG, "objective": "label_words",
                "optimizer": {"name": "adamw", "lr": 5e-3}} | changes
         )  # fmt: skip
-        lowres.run(one, output_folder=tmp_path / "run", quiet=True)
+        lowres.run(one, output_folder=tmp_path / "run", quiet=True, plan=False)
         return one, tmp_path / "run" / "model"
 
     return run
