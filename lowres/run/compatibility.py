@@ -99,7 +99,7 @@ def fill(
     while waiting or running:
         while waiting and len(running) < workers:
             one = waiting.pop(0)
-            folder = scratch / f"cell-{len(waiting)}"
+            folder = scratch.resolve() / f"cell-{len(waiting)}"  # a cell changes to it
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             ours, theirs = context.Pipe(duplex=False)

@@ -21,6 +21,7 @@ from lowres.memory import device as devices
 from lowres.run.build import build, engine_of, read
 from lowres.run.gradients import make_gradients, micro_batches
 from lowres.run.plan import plan
+from tests.conftest import sampled
 from tests.planner.conftest import config_folder, planned_recipe  # noqa: F401
 
 LEVER = "frozen_prefix_cache"
@@ -127,7 +128,7 @@ def test_states_that_depend_on_padding_are_refused(
         one_update(kept)
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("case", sampled([*RUNS], every=2))
 def test_a_run_is_planned_to_the_byte_and_its_file_is_found_again(
     case: str, pair: Callable[..., Any], in_folder: Any, folder: Path
 ) -> None:
@@ -304,7 +305,7 @@ def test_what_cannot_be_kept_is_refused_before_weights_are_read(
     changes, reason = REFUSED[case]
     monkeypatch.setattr(transformers, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(InputError) as refusal:
-        lowres.run(pair(**changes)[1], quiet=True, plan=False)
+        lowres.run(pair(**changes)[1], quiet=True)
     assert any(reason in problem.text for problem in refusal.value.problems)
 
 
