@@ -111,7 +111,7 @@ def _product(
         return F.linear(x, weight.t() if transposed else weight, bias)
     # Of rows that are flat the product is no view, so that what is made may be added to in place.
     flat: torch.Tensor = _Widened.apply(x.reshape(-1, x.shape[-1]), weight, bias, transposed)
-    return flat.view(*x.shape[:-1], -1)
+    return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
 class _Widened(torch.autograd.Function):

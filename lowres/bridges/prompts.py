@@ -63,9 +63,10 @@ class _Prompted(PeftModel):
             return super().forward(input_ids, **kwargs)
         length = self.active_peft_config.num_virtual_tokens
         mask = nn.functional.pad(attention_mask, (length, 0), value=1)
+        ours = {"attention_mask": mask, **self._positions(mask, length)}
 
         def put(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**given, "attention_mask": mask}
+            return args, {**given, **ours}
 
         # PEFT makes a mask of floats, into which a plan, where only integers are real, cannot look.
         hook = self.base_model.register_forward_pre_hook(put, with_kwargs=True)
@@ -91,24 +92,36 @@ class _Prompted(PeftModel):
     def _as_it_is(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.word_embeddings.weight.device.type, enabled=False)
 
+    def _positions(self, mask: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+        """Without gaps: padding behind the first `length` columns and before a row takes none."""
+        if _kind_of(self.base_model) != "decoder" or "position_ids" not in forward_arguments(self):
+            return {}
+        gaps = (mask[:, length:].cumsum(-1) == 0).sum(-1, keepdim=True)
+        columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        return {"position_ids": torch.where(columns < length, columns, (columns - gaps).relu())}
+
     def _adjust_prompt_learning_kwargs(self, peft_config: Any, *, kwargs: Any, **how: Any) -> None:
         kwargs.pop("position_ids", None)
         super()._adjust_prompt_learning_kwargs(peft_config, kwargs=kwargs, **how)
 
 
 class PromptedCausalLM(_Prompted, PeftModelForCausalLM):
-    """A decoder. Rows are continued from positions without gaps: between a prompt and a row that
-    is padded on the left, padding takes none."""
+    """A decoder. Rows that are padded on the left are continued with padding before the prompt and
+    not between the two, where layers that hand on a state would pass it."""
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         made: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
         mask = made.get("attention_mask")
-        if mask is None or mask.dim() != 2 or "position_ids" not in forward_arguments(self):
+        if mask is None or mask.dim() != 2:
             return made
+        order = mask.long().argsort(dim=-1, stable=True)
+        mask = made["attention_mask"] = mask.gather(1, order)
         embeds = made.get("inputs_embeds")
+        if embeds is not None:
+            made["inputs_embeds"] = embeds.gather(1, order[..., None].expand_as(embeds))
         given = made["input_ids"] if embeds is None else embeds
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        made["position_ids"] = positions[:, -given.shape[1] :]
+        for name, positions in self._positions(mask, 0).items():
+            made[name] = positions[:, -given.shape[1] :]
         return made
 
 
@@ -140,8 +153,10 @@ class PromptedClassifier(_Prompted, PeftModelForSequenceClassification):
         def put(_: nn.Module, __: Any, embedded: torch.Tensor) -> torch.Tensor:
             return torch.cat([prompts_BPD.to(embedded.dtype), embedded[:, length:]], 1)
 
+        kwargs.pop("position_ids", None)
         if attention_mask is not None:
             attention_mask = nn.functional.pad(attention_mask, (length, 0), value=1)
+            kwargs |= self._positions(attention_mask, length)
         ids = nn.functional.pad(input_ids, (length, 0), value=some_token)
         hook = self.word_embeddings.register_forward_hook(put)
         try:
@@ -192,6 +207,9 @@ def inject(model: nn.Module, blocks: Blocks, config: str, length: int, **fields:
         token_dim=embeddings.weight.shape[1],
         # Of an encoder-decoder PEFT would else make a second prompt that is never used.
         num_transformer_submodules=1,
+        # Which it asks for and does not use here; not every configuration has the usual names.
+        num_attention_heads=inner.config.get_text_config().num_attention_heads,
+        num_layers=inner.config.get_text_config().num_hidden_layers,
         modules_to_save=list(blocks.head) or None,
         **fields,
     )
@@ -210,13 +228,15 @@ def inject(model: nn.Module, blocks: Blocks, config: str, length: int, **fields:
 def load(model: nn.Module, folder: Path) -> PeftModel | None:
     """The model with a saved prompt before it, frozen; None for an adapter of another kind."""
     config = PeftConfig.from_pretrained(str(folder))
-    if not config.is_prompt_learning or config.task_type not in _CLASSES:
+    task = config.task_type
+    if config.peft_type not in ("PROMPT_TUNING", "P_TUNING") or task not in _CLASSES:
         return None
-    cls = _CLASSES[config.task_type]
+    cls = _CLASSES[task]
     # PEFT asks the type of the task before the class it is called by.
     config.task_type = None
     with _quiet():
         loaded: PeftModel = cls.from_pretrained(model, str(folder), config=config)
+    config.task_type = task  # saved again it is to be known again
     return loaded
 
 
@@ -251,6 +271,18 @@ def _stop_unless_served(model: nn.Module, blocks: Blocks) -> None:
     get: Any = getattr(model, "get_input_embeddings", lambda: None)
     if not isinstance(get(), nn.Embedding) or "inputs_embeds" not in forward_arguments(model):
         raise _refusal(f"{name} takes no embeddings of tokens in their place; use lora")
+    config: Any = model.config
+    text = config.get_text_config()
+    if getattr(text, "num_attention_heads", None) is None:
+        raise _refusal(f"{name} has no attention, and PEFT would put it before each word; use lora")
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        raise _refusal(f"{name} embeds tokens for every block, which vectors have not; use lora")
+    # An embedding that scales is asked; a model that scales does so with ids alone.
+    scales = (m for m in model.modules() if not isinstance(m, nn.Embedding))
+    if any(getattr(m, "embed_scale", 1.0) != 1.0 for m in scales):
+        raise _refusal(
+            f"{name} scales the embeddings of ids and not those that are given; use lora"
+        )
     if _task_of(model) == "SEQ_CLS" and _kind_of(model) == "encoder_decoder":
         raise _refusal(
             f"{name} makes its decoder's input of the ids of a row, and vectors have none; use the "

@@ -114,7 +114,7 @@ class ChunkedLearner(Learner):
             heads.stop_at_unknown_tail(inner, stand_in.probe, made, tail(stand_in.probe))
         head = stand_in.head
         hidden_BTD = stand_in.hidden
-        tokens = batch["labels"].shape[1]
-        if hidden_BTD.shape[1] > tokens:  # those of a soft prompt come first
-            hidden_BTD = hidden_BTD[:, -tokens:]
+        tokens = batch["input_ids"].shape[1]
+        if self.head != "seq2seq" and hidden_BTD.shape[1] > tokens:
+            hidden_BTD = hidden_BTD[:, -tokens:]  # vectors of a soft prompt come first
         return hidden_BTD, lambda hidden: tail(head(hidden))

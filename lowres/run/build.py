@@ -141,15 +141,17 @@ def stop_at_wrong_kind(recipe: Recipe, kind: Kind) -> None:
 
 def stop_at_position_limit(recipe: Recipe, config: Any, tokenizer: Any, kind: Kind) -> None:
     """Raise InputError when rows may be longer than the model's positions."""
-    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
-    limit = min(x for x in (*limits, 1 << 40) if isinstance(x, int) and x > 0)
     longest = recipe.objective.longest(recipe.task, recipe.loop.max_length, kind)
-    more = {"generated tokens": longest - recipe.loop.max_length}
-    if limits[0] is not None:
-        # A model without a table of positions takes more than its tokenizer was made for.
-        more[f"vectors of '{recipe.method.name}'"] = recipe.method.positions()
-    longest = recipe.loop.max_length + sum(more.values())
-    if longest > limit:
+    tokens = {"generated tokens": longest - recipe.loop.max_length}
+    vectors = {f"vectors of '{recipe.method.name}'": recipe.method.positions()}
+    # Vectors do not come from the tokenizer.
+    for limit, more in (
+        (tokenizer.model_max_length, tokens),
+        (getattr(config, "max_position_embeddings", None), tokens | vectors),
+    ):
+        longest = recipe.loop.max_length + sum(more.values())
+        if not isinstance(limit, int) or not 0 < limit < longest:
+            continue
         named = " and ".join(f"{count} {what}" for what, count in more.items() if count)
         tail = f" (with {named}: {longest})" if named else ""
         text = f"{recipe.loop.max_length}{tail} is more than the {limit} positions of the model"

@@ -189,3 +189,15 @@ def test_a_run_that_was_stopped_and_resumed_equals_the_uninterrupted_one(
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     ours, theirs = (load_file(tmp_path / n / "model" / name) for n in ("b", "a"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_rows_give_no_rows(rows: int) -> None:
+    """Closed form: an expert that no token chose."""
+    layer = narrow.NarrowLinear(4, 3)
+    layer.weight.data = layer.weight.data.bfloat16()
+    out = layer(torch.ones(rows, 4, requires_grad=True))
+    assert out.shape == (rows, 3)
+    out.sum().backward()
+    out = layer(torch.ones(2, 1, 4, requires_grad=True))
+    assert not out._is_view() or out.add_(1.0) is out

@@ -241,9 +241,9 @@ def test_a_decoders_head_reads_the_last_token_whatever_the_padding(
     rows = [IDS[:1], IDS[1:, :3]]
     with torch.no_grad():
         alone = [peft.PeftModelForSequenceClassification.forward(model, r).logits for r in rows]
-        for ids in (IDS, LEFT[:1]):
+        for ids in (IDS, LEFT):
             found = model(input_ids=ids, attention_mask=(ids != 0).long()).logits
-            torch.testing.assert_close(found, torch.cat(alone[: len(ids)]))
+            torch.testing.assert_close(found, torch.cat(alone))
         whole = model(input_ids=IDS, attention_mask=MASK).logits
         model.save_pretrained(tmp_path)
         again = bridge.load_adapter(make(heads[make]), tmp_path)
@@ -377,3 +377,100 @@ def test_merging_is_refused() -> None:
     one = registry.load("method", "prompt_tuning")()
     with pytest.raises(LowresError, match="cannot be merged"):
         one.merge(adapt(llama()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_loaded_and_saved_again_is_loaded_again(name: str, tmp_path: Path) -> None:
+    """Reference: the logits of the first."""
+    model = adapt(llama(), name)
+    model.save_pretrained(tmp_path / "a")
+    bridge.load_adapter(llama(), tmp_path / "a").save_pretrained(tmp_path / "b")
+    again = bridge.load_adapter(llama(), tmp_path / "b")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_keys_and_values_of_plain_peft_are_left_to_peft(tmp_path: Path) -> None:
+    """Behaviour: they are prompt learning to PEFT, too."""
+    heads = LlamaForSequenceClassification
+    config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)
+    peft.get_peft_model(llama(heads), config).save_pretrained(tmp_path)
+    loaded = bridge.load_adapter(llama(heads), tmp_path)
+    assert type(loaded) is peft.PeftModelForSequenceClassification
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_padding_on_the_left_changes_no_row(make: Callable[[], Any]) -> None:
+    """Reference: the row alone."""
+    model = adapt(make(), init="random")
+    with torch.no_grad():
+        padded = model(LEFT, attention_mask=(LEFT != 0).long()).logits[1, -3:]
+        alone = model(LEFT[1:, 2:]).logits[0, -3:]
+    torch.testing.assert_close(padded, alone)
+
+
+def test_a_state_that_is_handed_on_passes_no_padding() -> None:
+    """Reference: a row alone, continued by a model half of whose layers are recurrent."""
+    from transformers import JambaConfig, JambaForCausalLM
+
+    config = JambaConfig(
+        vocab_size=32, hidden_size=D, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=1, num_experts_per_tok=1,
+        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4,
+        use_mamba_kernels=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = adapt(made(JambaForCausalLM, config), init="random")
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True,
+           "return_dict_in_generate": True}  # fmt: skip
+    padded = model.generate(input_ids=LEFT, attention_mask=(LEFT != 0).long(), **how)
+    row = LEFT[1:, 2:]
+    alone = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **how)
+    for theirs, ours in zip(padded.logits, alone.logits, strict=True):
+        torch.testing.assert_close(theirs[1], ours[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_configuration_with_names_of_its_own_is_served() -> None:
+    """Reference: PEFT's own forward pass."""
+    from transformers import DistilBertConfig, DistilBertForMaskedLM
+
+    config = DistilBertConfig(
+        vocab_size=32, dim=D, hidden_dim=24, n_layers=2, n_heads=2, dropout=0.0,
+        attention_dropout=0.0, max_position_embeddings=32, pad_token_id=0,
+    )  # fmt: skip
+    model = adapt(made(DistilBertForMaskedLM, config), init="random")
+    theirs = peft.PeftModelForFeatureExtraction.forward(model, IDS[:1]).logits
+    assert torch.equal(model(IDS[:1]).logits, theirs) and theirs.shape[1] == IDS.shape[1] + P
+
+
+@pytest.mark.parametrize("family", ["pegasus", "mamba2", "gemma3n"])
+def test_models_that_treat_vectors_otherwise_than_words_are_refused(family: str) -> None:
+    """Behaviour: before anything is put into the model. One scales the embeddings of ids alone, one
+    has no attention, one embeds ids for every block."""
+    from types import SimpleNamespace
+
+    from transformers import (
+        Mamba2Config,
+        Mamba2ForCausalLM,
+        PegasusConfig,
+        PegasusForConditionalGeneration,
+    )
+
+    if family == "pegasus":
+        config: Any = PegasusConfig(
+            vocab_size=32, d_model=D, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24,
+            decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2,
+            scale_embedding=True,
+        )  # fmt: skip
+        model, reason = made(PegasusForConditionalGeneration, config), "scales"
+    elif family == "mamba2":
+        config = Mamba2Config(
+            vocab_size=32, hidden_size=D, num_hidden_layers=1, num_heads=4, head_dim=8, n_groups=1,
+            state_size=8,
+        )  # fmt: skip
+        model, reason = made(Mamba2ForCausalLM, config), "no attention"
+    else:
+        model, reason = llama(), "for every block"
+        text = SimpleNamespace(num_attention_heads=2, hidden_size_per_layer_input=4)
+        model.config.get_text_config = lambda: text
+    with pytest.raises(InputError, match=reason):
+        adapt(model)
