@@ -41,6 +41,9 @@ class Method(Part):
     fewer bits, and not only what it adds beside them."""
     starts_as_base: ClassVar[bool] = True
     """Whether the model's outputs are those of the checkpoint before the first update."""
+    draws: ClassVar[bool] = False
+    """Whether each forward pass in training draws numbers, so that rows that are divided otherwise
+    into micro-batches meet others."""
     refuses: ClassVar[Mapping[Circumstance, str]] = {}
     """Why it cannot work so, with what to do instead; nothing where it can."""
 

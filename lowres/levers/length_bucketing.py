@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class LengthBucketing(Lever):
     """The rows of an update go longest first: what runs out of memory does so at once.
 
-    The gradient of the update is the same; dropout draws other masks, as for another micro-batch.
-    It saves time and the mean of memory; the peak is that of the longest rows, which now lie
-    together. With one micro-batch an update it changes nothing.
+    The gradient of the update is the same; dropout and drawn gates (diff_pruning) are others, as
+    for another micro-batch. It saves time and the mean of memory; the peak is that of the longest
+    rows, which now lie together. With one micro-batch an update it changes nothing.
     """
 
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"

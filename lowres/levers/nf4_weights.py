@@ -28,8 +28,9 @@ class Nf4Weights(QuantisedWeights):
         double_quantisation: Hold the scales in 8 bits: 0.016 bytes a weight instead of 0.063.
     """
 
-    # Each matrix is off by 9 % (a normal one by 0.091); the models of the contract by up to 0.37.
-    tolerance: ClassVar[float] = 0.5
+    # Each matrix is off by 9 % (a normal one by 0.091); the tiny models of the contract, whose
+    # weights are random, by up to 0.37 with LoRA and 0.55 with any method (randlora).
+    tolerance: ClassVar[float] = 0.6
     brings: ClassVar[frozenset[Circumstance]] = frozenset({"quantised", "nf4"})
 
     kind: Literal["nf4", "fp4"] = "nf4"

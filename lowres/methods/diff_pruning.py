@@ -48,6 +48,7 @@ class DiffPruning(Adapter):
     # The paper: 1e-5 for BERT-large; the authors' code also 5e-5.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-5, 5e-5)
     mergeable: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
     refuses: ClassVar[Mapping[Circumstance, str]] = {
         "divided": "it prunes whole matrices, of which each process holds a part; use 'fish_mask'",
         "rotating": "it prunes all matrices at once, whatever their turns were; use freezing "

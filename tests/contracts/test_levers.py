@@ -18,6 +18,7 @@ import torch
 from lowres.bridges import accelerate
 from lowres.bridges.transformers import loading_in_this_thread
 from lowres.core import registry
+from lowres.core.choosing import Choosing
 from lowres.core.errors import InputError
 from lowres.memory.live import LiveBytes
 from lowres.run.build import build, engine_of
@@ -123,6 +124,8 @@ def test_an_exact_lever_changes_no_update(
 ) -> None:  # fmt: skip
     """Reference: the same recipe without the lever; equal to float32 rounding."""
     changes = {"method": sample_part("method", method), "optimizer": SMOOTH, **needs_of(lever)}
+    if registry.load("method", method).draws:
+        changes["loop"] = changes["loop"] | {"micro_batch_size": 8}
     changes |= stage(kind, [sample_part("lever", lever)])
     make = lambda levers: refused_or(lambda: recipe(kind, levers=levers, **changes))
     compare(make([]), make([sample_part("lever", lever)]))
@@ -173,11 +176,13 @@ def test_a_lossy_lever_stays_within_its_tolerance(
         seen.append({n: p.grad for n, p in trained.items() if p.grad is not None})
         built.model.zero_grad()
         built.model.eval()
-    assert seen[0].keys() == plain.keys()
     ours, theirs = one_vector(seen[0]), one_vector(plain)
     assert torch.equal(ours, one_vector(seen[1]))
-    distance = float((ours - theirs).norm() / theirs.norm())
-    assert 0 < distance < registry.load("lever", lever).tolerance
+    # What chooses by gradients may choose other entries, of other matrices.
+    if not issubclass(registry.load("method", method), Choosing):
+        assert seen[0].keys() == plain.keys()
+        distance = float((ours - theirs).norm() / theirs.norm())
+        assert 0 < distance < registry.load("lever", lever).tolerance
     for name, before in frozen.items():
         after = built.model.get_parameter(name)
         assert after.dtype == before.dtype and torch.equal(after, before), name
