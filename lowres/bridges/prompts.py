@@ -97,6 +97,8 @@ class _Prompted(PeftModel):
         if _kind_of(self.base_model) != "decoder" or "position_ids" not in forward_arguments(self):
             return {}
         gaps = (mask[:, length:].cumsum(-1) == 0).sum(-1, keepdim=True)
+        if not gaps.any():
+            return {}
         columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         return {"position_ids": torch.where(columns < length, columns, (columns - gaps).relu())}
 
@@ -256,16 +258,11 @@ def _task_of(model: nn.Module) -> str:
 
 def _stop_unless_served(model: nn.Module, blocks: Blocks) -> None:
     if not blocks.train_stem or blocks.names[0] not in blocks.trained:
-        raise InputError(
-            "the recipe",
-            [
-                Problem(
-                    "freezing",
-                    "the vectors of a soft prompt stand where the embeddings are, so backward goes "
-                    "through all blocks down to the input; use freezing 'none' or 'suffix', or "
-                    "a method that trains within blocks (lora, prefix_tuning)",
-                )
-            ],
+        raise _refusal(
+            "its vectors stand where the embeddings are, so backward goes through all blocks down "
+            "to the input; use freezing 'none' or 'suffix', or a method that trains within blocks "
+            "(lora, prefix_tuning)",
+            where="freezing",
         )
     name = type(model).__name__
     get: Any = getattr(model, "get_input_embeddings", lambda: None)
@@ -296,5 +293,5 @@ def _kind_of(model: Any) -> str:
     return kind_of(model.config)
 
 
-def _refusal(why: str) -> InputError:
-    return InputError("the recipe", [Problem("method", f"a soft prompt: {why}")])
+def _refusal(why: str, where: str = "method") -> InputError:
+    return InputError("the recipe", [Problem(where, f"a soft prompt: {why}")])
