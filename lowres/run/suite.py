@@ -27,6 +27,11 @@ from lowres.core.reading import load_recipe
 from lowres.core.record import RunRecord
 from lowres.run.output import RECORD
 
+
+class RunFailed(LowresError):
+    """A run that left no result; the others are made all the same."""
+
+
 KEPT = ("ok", "oom", "does_not_fit", "diverged")
 """Outcomes that are results; the others say that the run has to be made again."""
 
@@ -123,20 +128,40 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
     Returns:
         The records of the final runs, in order. Seeds are the outer loop and tasks the next, so
         that a cut leaves whole comparisons.
+
+    Raises:
+        RunFailed: At the end, with the names of those that left no result.
     """
     chosen: dict[tuple[str, str], list[str]] = {}
-    out = []
+    out, failed = [], []
     for seed in suite.seeds:
         for group, task_settings, entries in _groups(suite, say):
             home = records / group / _device()
             for name, (recipe, own) in entries.items():
                 settings = [*suite.settings, *task_settings, *own]
-                if (group, name) not in chosen:
+                if (group, name) in chosen:
+                    continue
+                try:
                     found = _searched(suite, name, recipe, settings, home / "search", scratch, say)
                     chosen[group, name] = [*settings, *found]
+                except RunFailed as error:
+                    say(str(error))
+                    failed.append(f"{group}/{name}")
             for name, (recipe, _) in entries.items():
+                if (group, name) not in chosen:
+                    continue
                 changes = [*chosen[group, name], f"loop.seed={seed}"]
-                out.append(_one(recipe, changes, home / f"{name}-seed{seed}.json", scratch, say))
+                target = home / f"{name}-seed{seed}.json"
+                try:
+                    out.append(_one(recipe, changes, target, scratch, say))
+                except RunFailed as error:
+                    say(str(error))
+                    failed.append(f"{group}/{target.stem}")
+    if failed:
+        raise RunFailed(
+            f"{len(out)} runs have their records; no result of {', '.join(dict.fromkeys(failed))}; "
+            "the reasons are above, and the same command tries these again"
+        )
     return out
 
 
@@ -182,12 +207,16 @@ def _searched(
     found: dict[float, float] = {}
     for value in sorted(values):
         changes = [*settings, *search.settings, f"{search.key}={value!r}"]
-        record = _one(recipe, changes, home / f"{name}-{value:g}.json", scratch, say)
+        try:
+            record = _one(recipe, changes, home / f"{name}-{value:g}.json", scratch, say)
+        except RunFailed as error:
+            say(str(error))
+            continue
         for score in record.final_scores():
             if (score.split, score.metric) == (search.split, metric):
                 found[value] = score.value
     if not found:
-        raise InputError("the suite", [f"no run of '{name}' scored {metric} on {search.split}"])
+        raise RunFailed(f"no run of '{name}' scored {metric} on {search.split}")
     best = max(found, key=lambda value: found[value])
     table = ", ".join(f"{value:g}: {score:.3f}" for value, score in found.items())
     say(f"{name}: {search.key} {best:g} ({search.split} {metric} by value: {table})")
@@ -219,10 +248,10 @@ def _one(
     done = subprocess.run(command, capture_output=True, text=True)
     written = scratch / RECORD
     if not written.exists():
-        raise LowresError(f"{target.stem} left no record:\n{done.stderr[-2000:]}")
+        raise RunFailed(f"{target.stem} left no record:\n{done.stderr[-2000:]}")
     outcome = record_module.from_file(written).outcome
     if outcome not in KEPT:
-        raise LowresError(f"{target.stem} ended {outcome}; it is not kept:\n{done.stderr[-2000:]}")
+        raise RunFailed(f"{target.stem} ended {outcome}; it is not kept:\n{done.stderr[-2000:]}")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(written, target)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -75,3 +75,33 @@ def test_recipes_or_methods(tmp_path: Path) -> None:
     """Behaviour: one of the two, and not both."""
     with pytest.raises(InputError, match="either recipes or methods"):
         suite_module.load(written(tmp_path, recipes={"a": "a.yaml"}))
+
+
+def test_a_run_that_fails_stops_no_other(
+    ran: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: a value that fails is not chosen, a method all of whose values fail has no final
+    runs, and what is missing is named at the end."""
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    (tmp_path / "quickstart.yaml").symlink_to(recipe)
+    monkeypatch.chdir(tmp_path)
+    make, failed = suite_module._one, []
+
+    def one(recipe: str, changes: Any, target: Path, scratch: Path, say: Any) -> Any:
+        if target.name.startswith("full") or (target.name.startswith("lora") and len(failed) < 3):
+            failed.append(target.stem)
+            raise suite_module.RunFailed(f"{target.stem} ended failed")
+        return make(recipe, changes, target, scratch, say)
+
+    monkeypatch.setattr(suite_module, "_one", one)
+    methods = {"recipe": "quickstart.yaml", "names": ["full", "lora", "houlsby"],
+               "tasks": {"a": ["task.data_seed=0"]}}  # fmt: skip
+    loaded = suite_module.load(written(tmp_path, methods=methods))
+    said: list[str] = []
+    with pytest.raises(suite_module.RunFailed, match="no result of several-a/full; the reasons"):
+        suite_module.run(loaded, tmp_path / "records", tmp_path / "scratch", said.append)
+    finals = [stem for _, stem in ran if "seed" in stem]
+    assert finals == [f"{name}-seed{seed}" for seed in (0, 1) for name in ("lora", "houlsby")]
+    # Both values of full, tried again for the second seed, and the smaller one of lora.
+    assert len(failed) == 5 and sum(stem.startswith("full") for stem in failed) == 4
+    assert all(f"{stem} ended failed" in said for stem in failed)
