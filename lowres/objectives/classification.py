@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @part
 class Classification(Objective):
-    """Labels (B, 1) are class indices; logits are (B, C)."""
+    """Labels (B, 1) are class indices; logits are (B, C). Scored beside the task's metrics is
+    `log_likelihood`, the mean logarithm of the right label's probability.
+    """
 
     heads: ClassVar[Mapping[Kind, Head]] = {
         "encoder": "classification",
@@ -72,7 +74,15 @@ class Classification(Objective):
         return F.cross_entropy(scores, batch["labels"][:, 0], reduction="sum")
 
     def predict(self, learner: Learner, batch: Batch, task: Task) -> list[Prediction]:
-        return [Prediction(int(c)) for c in learner.logits(batch).argmax(-1).tolist()]
+        from torch.nn import functional as F
+
+        from lowres.core.learner import wide
+
+        scores_BC = wide(learner.logits(batch))
+        # It tells apart models that give the same labels.
+        likely_B = F.log_softmax(scores_BC, -1).gather(1, batch["labels"])[:, 0]
+        both = zip(scores_BC.argmax(-1).tolist(), likely_B.tolist(), strict=True)
+        return [Prediction(int(c), {"log_likelihood": float(likely)}) for c, likely in both]
 
 
 def _end(inputs: dict[str, list[int]], encoder: Encoder) -> None:

@@ -7,6 +7,7 @@ records and never repeated: a suite that was cut goes on where it stopped.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -213,7 +214,8 @@ def _searched(
             say(str(error))
             continue
         for score in record.final_scores():
-            if (score.split, score.metric) == (search.split, metric):
+            asked = (score.split, score.metric) == (search.split, metric)
+            if asked and math.isfinite(score.value):
                 found[value] = score.value
     if not found:
         raise RunFailed(f"no run of '{name}' scored {metric} on {search.split}")

@@ -68,8 +68,12 @@ def test_classification_is_the_cross_entropy_of_the_class() -> None:
     logits = torch.tensor([logit(0.9), logit(0.2)])
     batch = {"input_ids": torch.tensor([[5], [6]]), "labels": torch.tensor([[1], [1]])}
     objective = registry.load("objective", "classification")()
-    loss = objective.loss(learner(logits, "encoder", "classification"), batch)
-    assert float(loss) == pytest.approx(-math.log(0.9) - math.log(0.2))
+    model = learner(logits, "encoder", "classification")
+    assert float(objective.loss(model, batch)) == pytest.approx(-math.log(0.9) - math.log(0.2))
+    first, second = objective.predict(model, batch, None)
+    assert (first.value, second.value) == (1, 0)
+    assert first.remarks["log_likelihood"] == pytest.approx(math.log(0.9))
+    assert second.remarks["log_likelihood"] == pytest.approx(math.log(0.2))
 
 
 def test_label_words_ask_only_for_the_answers_columns() -> None:
