@@ -74,6 +74,8 @@ class HostOptimizer(torch.optim.Optimizer):
         They are pinned where that speeds copies up. torch rounds pinned memory up to a power of
         two and keeps it for the next step: hence two buffers instead of one for each size.
         """
+        if source.numel() == 1:  # which is a real number in a plan, beside a buffer that is not
+            return source.detach().to("cpu", dtype or source.dtype, copy=True)
         if not self._staging:
             parameters = [p for group in self._inner.param_groups for p in group["params"]]
             largest = max(max(p.nbytes for p in parameters), 4)

@@ -22,13 +22,17 @@ from tests.conftest import sampled
 LEVER = [{"name": "optimizer_offload"}]
 
 
-@pytest.mark.parametrize("lever", [{}, {"float32_master": True}])
+@pytest.mark.parametrize(
+    ("lever", "method"),
+    [({}, "full"), ({"float32_master": True}, "full"), ({}, "krona_res")],
+)
 def test_planned_bytes_are_measured_bytes(
-    lever: dict[str, Any], recipe: Callable[..., Any], in_folder: Path
+    lever: dict[str, Any], method: str, recipe: Callable[..., Any], in_folder: Path
 ) -> None:
-    """Reference: real runs on the CPU that copy as beside a GPU; both memories are counted."""
+    """Reference: real runs on the CPU that copy as beside a GPU; both memories are counted. One
+    method trains numbers that are no tensors of any size (krona_res)."""
     dtype = "bfloat16" if lever else "float32"
-    one = recipe(levers=[LEVER[0] | lever], model={"dtype": dtype})
+    one = recipe(levers=[LEVER[0] | lever], model={"dtype": dtype}, method=method)
     record = lowres.run(one, quiet=True)
     assert record.plan is not None, record.events
     for phase in ("first_step", "steady_steps", "evaluate"):
