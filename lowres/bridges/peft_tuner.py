@@ -189,6 +189,13 @@ class DeltaTuner(BaseTuner):
                     )
         for path, module in self.model.named_modules():
             if isinstance(module, DeltaLayer):
+                weight = getattr(module.get_base_layer(), "weight", None)
+                if weight is not None and not weight.is_floating_point():
+                    # A change would be added to the codes that stand for the weights.
+                    raise LowresError(
+                        f"the adapter is not merged: the weights at {path} are quantised; load it "
+                        "on the base in 16 bits or more and merge there"
+                    )
                 for delta in (d for name in self.peft_config for d in module.deltas(name)):
                     why = delta.unfoldable(module.get_base_layer())
                     if why is not None:

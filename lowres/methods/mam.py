@@ -3,7 +3,8 @@
 Paper: Towards a Unified View of Parameter-Efficient Transfer Learning, He et al. 2022.
 https://arxiv.org/abs/2110.04366
 
-Departs from the paper: none.
+Departs from the paper: norms stay frozen; vectors start random; keys take no rotary position and no
+bias of relative positions.
 """
 
 from __future__ import annotations

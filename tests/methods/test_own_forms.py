@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowres.core.errors import LowresError
 from lowres.run.build import Built, build
 from tests.methods.adapted import adapted, llama, logits, moved
 
@@ -51,6 +52,19 @@ def test_it_trains_around_packed_weights(method: str, recipe: Callable[..., Any]
     found = gradients(one, built)
     assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(torch.isfinite(g).all() and g.any() for g in found.values())
+
+
+@pytest.mark.parametrize("lever", ["int8_weights", "nf4_weights"])
+def test_plain_peft_merges_nothing_into_packed_weights(
+    lever: str, method: str, recipe: Callable[..., Any]
+) -> None:
+    """Behaviour: what is no weight is not added to; the adapter answers as before."""
+    model = build(recipe(model=TINY, method={"name": method, **SETTINGS[method]},
+                         levers=[{"name": lever}])).model  # fmt: skip
+    before = logits(moved(model).eval())
+    with pytest.raises((LowresError, ValueError), match=r"quantised|cannot be merged"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model), before)
 
 
 def test_checkpointed_blocks_give_the_same_gradients(
