@@ -73,9 +73,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return [delta for name in self.active_adapters for delta in self.deltas(name)]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = self.get_base_layer()
         for name in check_adapters_to_merge(self, adapter_names):
+            own = dict(base.named_parameters(recurse=False)) if safe_merge else {}
+            before = {key: value.detach().clone() for key, value in own.items()}
             for delta in self.deltas(name):
-                delta.fold(self.get_base_layer(), 1)
+                delta.fold(base, 1)
+            if not all(value.isfinite().all() for value in own.values()):
+                for key, value in own.items():
+                    value.data.copy_(before[key])
+                raise ValueError(f"the adapter {name} seems to be broken: merged weights have NaNs")
             if name in self.lowres_delta_parts:
                 self.merged_adapters.append(name)
 
@@ -133,7 +140,7 @@ class DeltaTuner(BaseTuner):
             self._check_merge_allowed()
         for owner, name, layer in _wrapped(self.model):
             if merge:
-                layer.merge(adapter_names=kwargs.get("adapter_names"))
+                layer.merge(kwargs.get("safe_merge", False), kwargs.get("adapter_names"))
             owner._modules[name] = layer.base_layer
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 

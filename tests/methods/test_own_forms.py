@@ -119,3 +119,17 @@ def test_it_loads_without_taking_memory_twice(method: str, tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), str(tmp_path), low_cpu_mem_usage=True).eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_safe_merge_stops_at_what_is_not_finite() -> None:
+    """Behaviour: as PEFT's own tuners; the weight is as it was."""
+    model = moved(adapted(llama(), "krona"))
+    name, layer = next((n, m) for n, m in model.named_modules() if hasattr(m, "deltas"))
+    before = layer.get_base_layer().weight.detach().clone()
+    trained = next(p for n, p in model.named_parameters() if p.requires_grad and name in n)
+    trained.data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, before)
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
