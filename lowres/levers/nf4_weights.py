@@ -29,8 +29,9 @@ class Nf4Weights(QuantisedWeights):
     """
 
     # Each matrix is off by 9 % (a normal one by 0.091); the tiny models of the contract, whose
-    # weights are random, by up to 0.37 with LoRA and 0.55 with any method (randlora).
-    tolerance: ClassVar[float] = 0.6
+    # weights are random, by up to 0.37 with LoRA; fourierft, loretta_rep and randlora are
+    # above the tolerance on the tiny T5 (0.51, 0.51, 0.55).
+    tolerance: ClassVar[float] = 0.5
     brings: ClassVar[frozenset[Circumstance]] = frozenset({"quantised", "nf4"})
 
     kind: Literal["nf4", "fp4"] = "nf4"

@@ -2,7 +2,8 @@
 
 Paper: GPT Understands, Too, Liu et al. 2021. https://arxiv.org/abs/2103.10385
 
-Departs from the paper: all vectors stand before the row, none between its parts.
+Departs from the paper: all vectors stand before the row, none between its parts; the network is an
+MLP unless an LSTM is asked for.
 """
 
 from __future__ import annotations
