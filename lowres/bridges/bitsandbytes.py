@@ -1,4 +1,4 @@
-"""The only door to bitsandbytes: weights in 4 and 8 bits, optimizer states in 8 bits."""
+"""The door to bitsandbytes, for weights in 4 and 8 bits; `eight_bit_states` has its optimizers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from lowres.bridges import bitsandbytes_cpu
+
 _logger = logging.getLogger("bitsandbytes")
 _level = _logger.level
 _logger.setLevel(logging.ERROR)  # importing it on a CPU remarks on an optional package
 try:
     import bitsandbytes as bnb
     from bitsandbytes.autograd._functions import MatMul4Bit, MatMul8bitFp, MatMul8bitLt
+
+    bitsandbytes_cpu.mend()
 finally:
     _logger.setLevel(_level)
 
@@ -143,7 +147,8 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
         if self.weight.CB is not None:
             self.init_8bit_state()
         x, bias = _as_linear_takes(x, self.bias)
-        unpacks = self.training and not has_integer_products(x.device)
+        exact = self.training or torch.is_grad_enabled()
+        unpacks = exact and not has_integer_products(x.device)
         multiply = _Unpacked if unpacks else _Integer
         # Some shapes and CPUs have integers multiplied as float32, which autocast would round.
         with torch.autocast(x.device.type, enabled=False):
@@ -255,45 +260,3 @@ def quantisation_states(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
             yield from ((path, tensor) for tensor in quantisation_state(module))
-
-
-class _BitsByGroup:
-    """Reads `optim_bits` off the parameter group.
-
-    bitsandbytes 0.50 would take exceptions from an object of the whole process, by the position of
-    a parameter: those of one run would hold for the next.
-    """
-
-    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-        config = super().get_config(gindex, pindex, group)
-        return config | {"optim_bits": group["optim_bits"]}
-
-
-class AdamW8bit(_BitsByGroup, bnb.optim.AdamW8bit):
-    pass
-
-
-class PagedAdamW8bit(_BitsByGroup, bnb.optim.PagedAdamW8bit):
-    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-        """As bitsandbytes 0.50, which would put paged states on the device for good."""
-        super().load_state_dict(state_dict, move_to_device=False)
-        for parameter, state in self.state.items():
-            for key in ("state1", "state2"):
-                held = self.get_state_buffer(parameter, dtype=state[key].dtype)
-                state[key] = held.copy_(state[key])
-        self.to_gpu()
-
-
-def optimizer(
-    name: Literal["AdamW8bit", "PagedAdamW8bit"], groups: list[dict[str, Any]], **fields: Any
-) -> torch.optim.Optimizer:
-    """An optimizer with states in 8 bits.
-
-    Args:
-        groups: Parameter groups, each with `optim_bits` 8 or 32.
-        fields: As bitsandbytes names them.
-    """
-    made: torch.optim.Optimizer = {"AdamW8bit": AdamW8bit, "PagedAdamW8bit": PagedAdamW8bit}[name](
-        groups, **fields
-    )
-    return made

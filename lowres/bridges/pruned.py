@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowres.bridges import sites
-from lowres.bridges.bitsandbytes import bnb
+from lowres.bridges.unpacking import unpacked
 from lowres.core.blocks import Blocks
 from lowres.core.delta import features
 
@@ -128,14 +128,8 @@ class _Copy:
 
 def dense(layer: Any) -> torch.Tensor:
     """The weight (o, i) of a linear layer of any make, unpacked where it is held in few bits."""
-    weight = layer.weight
-    if isinstance(layer, bnb.nn.Linear4bit) and getattr(weight, "quant_state", None) is not None:
-        unpacked: torch.Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        return unpacked
-    if isinstance(layer, bnb.nn.Linear8bitLt) and weight.dtype == torch.int8:
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return weight.data * (scales[:, None] / 127)
-    return weight.data if hasattr(layer, "in_features") else weight.data.T
+    weight = unpacked(layer)
+    return weight if hasattr(layer, "in_features") else weight.T
 
 
 def _heads(attention: Any, inner: int) -> int:

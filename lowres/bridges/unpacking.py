@@ -16,11 +16,15 @@ def weights_of(module: nn.Module) -> Iterator[torch.Tensor]:
     """Every parameter below a module, packed ones unpacked, one at a time."""
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False):
-            packed = name == "weight" and not parameter.is_floating_point()
-            yield _unpacked(layer, parameter) if packed else parameter.detach()
+            yield unpacked(layer) if name == "weight" else parameter.detach()
 
 
-def _unpacked(layer: Any, packed: Any) -> torch.Tensor:
+def unpacked(layer: Any) -> torch.Tensor:
+    """The weight of one layer as it is held, or what its packed values stand for."""
+    packed = layer.weight
+    if packed.is_floating_point():
+        plain: torch.Tensor = packed.detach()
+        return plain
     state = getattr(packed, "quant_state", None)
     if state is not None:
         whole: torch.Tensor = bnb.functional.dequantize_4bit(packed.data, state)

@@ -228,8 +228,8 @@ class Lever(Part):
     """When `lowres fit` reaches for it: 0 always; 1, 2, ... while nothing fits with what came
     before; None never, because it saves nothing that a search could weigh."""
     tolerance: ClassVar[float] = 0.0
-    """Of a lossy lever: distance of the gradients from those without it, relative to these, up to
-    which it is rounding and no mistake; before training, all trained parameters as one vector."""
+    """Of a lossy lever: largest distance of a matrix as it is held from that of the checkpoint,
+    relative to this (Frobenius). Losses and gradients are then those of the matrices as held."""
     sample_recipe: ClassVar[Mapping[str, Any]] = {}
     """Sections of a recipe, or some of the loop's values, that it needs, for the contract tests."""
     whole_process: ClassVar[bool] = False

@@ -23,8 +23,7 @@ class Fp16Weights(NarrowWeights):
     units. Loading a checkpoint with larger weights ends in an error.
     """
 
-    # Each weight is off by 0.05 % at most; gradients of the models of the contract by up to 0.0024.
-    tolerance: ClassVar[float] = 0.01
+    tolerance: ClassVar[float] = 2**-11  # half of the last of 11 bits, in each weight
     dtype: ClassVar[str] = "float16"
 
     def check(self, recipe: Recipe) -> Iterator[str]:

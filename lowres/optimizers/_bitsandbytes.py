@@ -46,14 +46,14 @@ class BlockwiseAdamw(Optimizer):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
     def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        from lowres.bridges import bitsandbytes
+        from lowres.bridges import eight_bit_states
 
         groups: dict[tuple[int, float], list[nn.Parameter]] = {}
         for name, parameter in parameters:
             bits = 32 if EMBEDDING.search(name) else 8
             decay = self.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((bits, decay), []).append(parameter)
-        return bitsandbytes.optimizer(
+        return eight_bit_states.optimizer(
             self.variant,
             [
                 {"params": group, "optim_bits": bits, "weight_decay": decay}

@@ -119,6 +119,33 @@ def test_nf4_holds_the_nearest_of_the_papers_sixteen_values(recipe: Callable[...
     assert float((held - weight).norm() / weight.norm()) == pytest.approx(0.09, abs=0.01)
 
 
+@pytest.mark.parametrize("shape", [(32, 16), (64, 48), (7, 30), (5, 15), (96, 384)])
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bits_stand_for_their_value_times_the_scale_of_their_block(
+    shape: tuple[int, int], double: bool
+) -> None:
+    """Closed form, with rows that are no multiple of a block too: alone, and in the product of a
+    layer."""
+    import bitsandbytes
+    from bitsandbytes import functional
+
+    torch.manual_seed(0)
+    weight_oi = torch.randn(shape)
+    packed, state = functional.quantize_4bit(
+        weight_oi, quant_type="nf4", blocksize=64, compress_statistics=double
+    )
+    nibbles = torch.stack([packed >> 4, packed & 15], -1).flatten()[: weight_oi.numel()].long()
+    scales = weight_oi.flatten().split(64)
+    wide = torch.cat([part.abs().amax().expand(len(part)) for part in scales])
+    expected = (torch.tensor(NF4)[nibbles] * wide).view(shape)
+    found = functional.dequantize_4bit(packed, state)
+    # Scales in 8 bits are off by up to 1 in 64 of the largest.
+    assert torch.allclose(found, expected, atol=0.05 if double else 1e-5)
+    x = torch.randn(3, shape[1])
+    product = bitsandbytes.matmul_4bit(x, packed, state)
+    assert torch.allclose(product, x @ found.T, atol=1e-4)
+
+
 def test_int8_holds_each_row_in_127_steps(recipe: Callable[..., Any]) -> None:
     """Reference: vector-wise quantisation, section 3.1 of the LLM.int8() paper, by hand; its 16-bit
     arithmetic may round the other way, by one step."""
