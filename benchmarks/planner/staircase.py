@@ -55,8 +55,7 @@ ROWS: list[tuple[str, str, float, list[str] | None, str]] = [
     ("3B", "+ 8-bit AdamW", 17.6, [*FULL, ADAMW_8BIT, ALL, UNCLIPPED], COMPILED),
     ("3B", "LoRA", 8.5, [LORA, MOVED], COMPILED),
     ("3B", "QLoRA", 4.6, [LORA, MOVED_NF4], COMPILED),
-    ("8B", "full", 18.9, [*FULL, PAGED, IN_BACKWARD, UNCLIPPED],
-     "theirs: compiled; 15 GiB of paged states are planned on the card"),
+    ("8B", "full", 18.9, [*FULL, PAGED, IN_BACKWARD, UNCLIPPED], COMPILED),
     ("8B", "LoRA", 16.2, [LORA, RECOMPUTED], COMPILED),
     ("8B", "QLoRA", 7.4, [LORA, NF4], COMPILED),
 ]  # fmt: skip

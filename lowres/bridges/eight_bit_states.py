@@ -7,6 +7,10 @@ from typing import Any, Literal
 import torch
 
 from lowres.bridges.bitsandbytes import bnb
+from lowres.core import host
+
+PAGED_FROM = 100_000
+"""Elements from which bitsandbytes 0.50 pages a state."""
 
 
 class _BitsByGroup:
@@ -26,6 +30,14 @@ class AdamW8bit(_BitsByGroup, bnb.optim.AdamW8bit):
 
 
 class PagedAdamW8bit(_BitsByGroup, bnb.optim.PagedAdamW8bit):
+    def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A buffer in memory that the driver moves to the host when the device's runs short, which
+        is where it is counted; small ones are bitsandbytes' plain ones."""
+        if p.numel() < PAGED_FROM:
+            return super().get_state_buffer(p, dtype)
+        with host.memory():
+            return host.mark(super().get_state_buffer(p, dtype))
+
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """As bitsandbytes 0.50, which would put paged states on the device for good."""
         super().load_state_dict(state_dict, move_to_device=False)

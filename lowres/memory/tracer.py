@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ from lowres.memory.values import (
     stand_in_value,
     too_large,
 )
-from lowres.memory.work import cost_of, handled_bytes
+from lowres.memory.work import cost_of, handled_bytes, over_bus
 
 aten = torch.ops.aten
 _KNOWN = {"aten", "prim", "prims", "profiler", "bitsandbytes"}
@@ -284,10 +283,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         cost = cost_of(func, args, kwargs, out, place, self.stage, self._is_fixed)
         if cost is None:
             return
-        if host.allocating():  # A copy goes over the bus once, and was counted read and written.
-            moved = cost.bytes // (2 if func is aten.copy_.default else 1)
-            cost = replace(cost, kind="transfer", bytes=moved)
-        self.trace.costs.append(cost)
+        self.trace.costs += over_bus(cost, func is aten.copy_.default, (args, kwargs))
 
     def _is_fixed(self, tensor: torch.Tensor) -> bool:
         number = self.number(tensor)

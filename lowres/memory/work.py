@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lowres.core import host
 from lowres.memory.trace import Cost
 
 _MOVES_NOTHING = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty",
@@ -48,6 +50,19 @@ def cost_of(
     fixed = sum(_bytes(t) for t in tensors if is_fixed(t))
     moved = sum(_bytes(t) for t in tensors)
     return Cost(place, stage, kind, tensors[0].dtype, flops, moved, fixed)
+
+
+def over_bus(cost: Cost, copies: bool, arguments: Any) -> list[Cost]:
+    """A cost with what the bus carries for it.
+
+    All of it inside of `host.memory()`, a copy once: it was counted read and written. Where the
+    device works on host memory its pages come and, since optimizers write to them, go back.
+    """
+    if host.allocating():
+        return [replace(cost, kind="transfer", bytes=cost.bytes // (2 if copies else 1))]
+    paged = 0 if copies else sum(_bytes(t) for t in _tensors(arguments) if host.holds(t))
+    there = [replace(cost, kind="transfer", flops=0, bytes=2 * paged)] if paged else []
+    return [*there, cost]
 
 
 def _packed_product(name: str, args: Any) -> int:

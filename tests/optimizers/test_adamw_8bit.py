@@ -194,6 +194,34 @@ def test_paging_without_cuda_is_refused_and_named(
         lowres.run(one, output_folder=tmp_path / "out", quiet=True, plan=False)
 
 
+def test_paged_states_are_planned_in_host_memory_and_over_the_bus(
+    recipe: Callable[..., Any],
+) -> None:
+    """Closed form: of matrices from 100,000 elements two states of a byte an element, of embeddings
+    of four bytes; beside the plan of the optimizer that does not page."""
+    from lowres.memory import device
+    from lowres.run.build import build
+    from lowres.run.plan import plan
+
+    tiny = {"checkpoint": "package:lowres/assets/tiny_lm"}
+    make = lambda name: recipe(
+        model=tiny, objective="label_words", optimizer={"name": name, "lr": 1e-3}
+    )
+    plain, paged = (plan(make(name), device.load("rtx-4090")) for name in NAMES)
+    large = {
+        n: p for n, p in build(make(NAMES[0])).model.named_parameters() if p.numel() >= 100_000
+    }
+    assert {"embed" in name for name in large} == {True, False}
+    moved = sum(2 * p.numel() * (4 if "embed" in n else 1) for n, p in large.items())
+    kept, left = (one.phases["steady_steps"] for one in (plain, paged))
+    states = kept.categories["optimizer states"] - left.categories["optimizer states"]
+    assert states == pytest.approx(moved, rel=1e-3)
+    assert left.host_bytes - kept.host_bytes == moved
+    assert plain.step.parts.get("transfers", 0.0) == 0
+    bus = device.load("rtx-4090").pcie_bytes_per_second
+    assert paged.step.parts["transfers"] == pytest.approx(2 * moved / bus, rel=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_cuda_large_states_are_paged_also_after_a_checkpoint() -> None:
