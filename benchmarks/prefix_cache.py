@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "lora": ("lora", {}),
     "bitfit": ("bitfit", {}),
+    # In the lowest trained block back-propagation ends at the adapter, above the feed-forward part.
+    "pfeiffer": ("lora", {"method": "pfeiffer"}),
     "bitfit, mezo": (
         "bitfit",
         {"optimizer": {"name": "mezo", "lr": 1e-6}, "loop.max_grad_norm": None},

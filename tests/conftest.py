@@ -22,6 +22,8 @@ os.environ["LOWRES_CACHE"] = tempfile.mkdtemp(prefix="lowres-tests-")
 atexit.register(shutil.rmtree, os.environ["LOWRES_CACHE"], ignore_errors=True)
 # Threads that spin while they wait make two processes on two cores many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Runs in processes of their own add sums up as those in this one do, on any number of cores.
+os.environ["OMP_NUM_THREADS"] = "2"
 
 KINDS = ("decoder", "encoder", "encoder_decoder")
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
