@@ -38,14 +38,29 @@ def watch() -> None:
 
 
 def stop_unless_served(model: Any) -> None:
-    """Raise InputError where the model's attention would not ask."""
+    """Raise InputError where the model's attention would not ask, now or when it is next run."""
+    unserved = _unserved(model)
+    if unserved is not None:
+        raise InputError("the recipe", [Problem("model.attention", unserved)])
+    if _still_served not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_still_served)
+
+
+def _unserved(model: Any) -> str | None:
     implementation = getattr(model.config, "_attn_implementation", None)
-    if implementation != SERVED:
-        text = (
-            f"'{implementation}' takes no prefixes, which the function that is wrapped would put "
-            f"before its keys; set model.attention: {SERVED}"
-        )
-        raise InputError("the recipe", [Problem("model.attention", text)])
+    if implementation == SERVED:
+        return None
+    return (
+        f"'{implementation}' takes no prefixes, which the function that is wrapped would put "
+        f"before its keys; set model.attention: {SERVED}"
+    )
+
+
+def _still_served(model: Any, _inputs: Any) -> None:
+    """The implementation may be switched while prefixes are there: they would be passed over."""
+    unserved = _unserved(model)
+    if unserved is not None and any(_deltas(module) for module in model.modules()):
+        raise LowresError(f"{unserved} (model.set_attn_implementation('{SERVED}'))")
 
 
 def heads_of(model: Any, one: Attention) -> tuple[int, int]:

@@ -107,6 +107,7 @@ class DeltaTuner(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = DeltaLayer
     target_module_mapping: dict[str, list[str]] = {}
+    _to_merge: list[str] | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config: DeltaConfig = self.peft_config[adapter_name]
@@ -135,7 +136,14 @@ class DeltaTuner(BaseTuner):
         for parameter, before in zip(others, required, strict=True):
             parameter.requires_grad_(before)
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        self._to_merge = adapter_names
+        super().merge_adapter(adapter_names, safe_merge)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        self._to_merge = kwargs.get("adapter_names")
         if merge:
             self._check_merge_allowed()
         for owner, name, layer in _wrapped(self.model):
@@ -187,7 +195,8 @@ class DeltaTuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for config in self.peft_config.values():
+        names = self.active_adapters if self._to_merge is None else self._to_merge
+        for config in (self.peft_config[name] for name in names):
             for delta in config.classes():
                 if delta.fold is Delta.fold:
                     raise ValueError(
@@ -203,7 +212,7 @@ class DeltaTuner(BaseTuner):
                         f"the adapter is not merged: the weights at {path} are quantised; load it "
                         "on the base in 16 bits or more and merge there"
                     )
-                for delta in (d for name in self.peft_config for d in module.deltas(name)):
+                for delta in (d for name in names for d in module.deltas(name)):
                     why = delta.unfoldable(module.get_base_layer())
                     if why is not None:
                         raise LowresError(f"the adapter is not merged: at {path}, {why}")

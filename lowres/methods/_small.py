@@ -35,7 +35,8 @@ class SmallDelta(SparseDelta):
         there = torch.zeros(count, device=place(base))
         if there.device.type != "meta":
             there = _matrix(base).flatten()[self.entries.long()].float()
-        self.register_buffer("start", there.view(torch.int32), persistent=False)
+        # Kept with the entries: over a base of another type the smallest may be others.
+        self.register_buffer("start", there.view(torch.int32))
         self.register_buffer("settled", torch.zeros_like(there).view(torch.int32))
         self.register_buffer("working", torch.ones_like(there, dtype=torch.bool))
 

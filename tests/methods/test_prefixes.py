@@ -14,7 +14,7 @@ from torch import nn
 from lowres.bridges import attention, peft_tuner
 from lowres.bridges.blocks import checkpoint_blocks, map_blocks
 from lowres.core import registry
-from lowres.core.errors import InputError
+from lowres.core.errors import InputError, LowresError
 from lowres.methods._prefix import KeyValuePrefix, flatten
 from lowres.run.build import build
 from lowres.run.gradients import micro_batches
@@ -399,6 +399,23 @@ def test_another_attention_function_is_refused(method: str, recipe: Callable[...
         from peft import get_peft_model
 
         get_peft_model(other, config)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
+@pytest.mark.parametrize("method", PREFIXED)
+def test_switching_the_attention_function_afterwards_is_an_error(method: str, kind: str) -> None:
+    """Behaviour: the next pass stops instead of passing the prefixes by; without the adapter, and
+    switched back, it works."""
+    model = adapted(kind, method)
+    asked = rows(kind)
+    before = logits(model, **asked)
+    model.set_attn_implementation("eager")
+    with pytest.raises(LowresError, match="set_attn_implementation"):
+        model(**asked)
+    with model.disable_adapter():
+        model(**asked)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(logits(model, **asked), before)
 
 
 @pytest.mark.parametrize("method", PREFIXED)

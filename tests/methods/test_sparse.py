@@ -332,6 +332,33 @@ def test_sara_trains_the_smallest_weights_and_settles_those_that_grew(
     assert one.effective()[0] == before[0] and one.effective()[2] == 7.0
 
 
+def test_sara_remembers_where_it_started_over_a_base_that_was_rounded(
+    make: Callable[..., Built], tmp_path: Path
+) -> None:
+    """Reference: entries and their weights of the base that it was made on; on the rounded one
+    others are the smallest."""
+    from peft import PeftModel
+
+    built = make("sara", fields={"share": 0.1})
+    saved: Any = built.model
+    saved.save_pretrained(tmp_path)
+    narrow: Any = make("full").model
+    for parameter in narrow.parameters():
+        parameter.data.mul_(100).round_().div_(100)
+    layers = {n: m for n, m in narrow.named_modules() if isinstance(m, nn.Linear)}
+    others = 0
+    loaded: Any = PeftModel.from_pretrained(narrow, tmp_path)
+    for path, layer in saved.named_modules():
+        if not isinstance(layer, peft_tuner.DeltaLayer):
+            continue
+        (ours,), (theirs,) = (m.deltas("default") for m in (layer, loaded.get_submodule(path)))
+        assert torch.equal(ours.entries, theirs.entries) and torch.equal(ours.start, theirs.start)
+        weight = layers[path.removeprefix("base_model.model.")].weight.detach().flatten()
+        smallest = weight.abs().topk(len(ours.entries), largest=False).indices.sort().values
+        others += int(not torch.equal(smallest, ours.entries.long()))
+    assert others  # else the test would show nothing
+
+
 def test_sara_is_refused_over_few_bits(recipe: Callable[..., Any]) -> None:
     """Behaviour: with another way."""
     with pytest.raises(InputError, match="few different values"):

@@ -132,6 +132,26 @@ def test_adp_stands_behind_attention_and_behind_the_feed_forward_part() -> None:
             ours.merge_and_unload()
 
 
+def test_an_adapter_that_cannot_be_merged_does_not_keep_another_from_it() -> None:
+    """Reference: the unmerged logits of the one that is merged; behaviour: the other is refused by
+    name and when it is active."""
+    ours = moved(adapted(llama(), "krona"))
+    other = adapted(llama(), "loretta_adp", bottleneck=8, train_rank=2)
+    ours.add_adapter("other", other.peft_config["default"])
+    before = logits(ours)
+    for merge in (ours.merge_adapter, ours.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge(adapter_names=["other"])
+    ours.set_adapter("other")
+    with pytest.raises(ValueError, match="cannot be merged"):
+        ours.merge_adapter()
+    ours.set_adapter("default")
+    ours.merge_adapter()
+    assert torch.allclose(logits(ours), before, atol=1e-5)
+    ours.unmerge_adapter()
+    assert torch.allclose(logits(ours.merge_and_unload()), before, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [TensorTrainPair, TensorTrainAdapter])
 def test_backward_keeps_the_input_alone(kind: Any) -> None:
     """Closed form: bytes of x; the thin factors and what they make are made anew. The gradients
