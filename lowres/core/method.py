@@ -44,6 +44,8 @@ class Method(Part):
     draws: ClassVar[bool] = False
     """Whether each forward pass in training draws numbers, so that rows that are divided otherwise
     into micro-batches meet others."""
+    may_rest: ClassVar[str | None] = None
+    """The last part of the names of trained parameters whose gradient may be nothing for long."""
     refuses: ClassVar[Mapping[Circumstance, str]] = {}
     """Why it cannot work so, with what to do instead; nothing where it can."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from lowres.core.method import Taxonomy
-from lowres.core.parts import Circumstance, Guard, part
+from lowres.core.parts import Circumstance, part
 from lowres.methods._adapter import Adapter
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class DiffPruning(Adapter):
     mergeable: ClassVar[bool] = True
     draws: ClassVar[bool] = True
     # A gate that is surely open gets next to nothing from the data while its weight is zero.
-    waives: ClassVar[frozenset[Guard]] = frozenset({"moved"})
+    may_rest: ClassVar[str | None] = "log_alpha_oi"
     refuses: ClassVar[Mapping[Circumstance, str]] = {
         "divided": "it prunes whole matrices, of which each process holds a part; use 'fish_mask'",
         "rotating": "it prunes all matrices at once, whatever their turns were; use freezing "

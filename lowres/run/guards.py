@@ -57,6 +57,7 @@ class Guards:
                  recipe.procedure, *recipe.levers)  # fmt: skip
         self._waived: frozenset[Guard] = frozenset().union(*(p.waives for p in parts))
         self._model, self._optimizer, self._event = model, optimizer, event
+        self._may_rest = recipe.method.may_rest
         self._rates: dict[str, float] = {}
         self._largest: dict[str, float] = {}
         """Of each trained parameter's gradients so far."""
@@ -165,9 +166,13 @@ class Guards:
             remove()
         if "moved" in self._waived:
             return
-        still = [name for name, was in self._trained.items() if _sum_of(there[name]) == was]
+        looked_at = {
+            name: was for name, was in self._trained.items()
+            if name.rpartition(".")[2] != self._may_rest
+        }  # fmt: skip
+        still = [name for name, was in looked_at.items() if _sum_of(there[name]) == was]
         small = [n for n in still if self._is_small(n, there[n], _largest_of(there[n]))]
-        if still and (len(still) == len(self._trained) or len(small) < len(still)):
+        if still and (len(still) == len(looked_at) or len(small) < len(still)):
             named = [n for n in still if n not in small] or still
             raise GuardFailed(
                 f"after {UPDATES} updates {some(named)} of {len(self._trained)} trained "

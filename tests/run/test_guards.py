@@ -215,6 +215,20 @@ def test_a_part_waives_what_cannot_hold_for_it(
     assert go(one, tmp_path).outcome == "ok"
 
 
+@pytest.mark.parametrize(("spoiled", "stops"), [("log_alpha_oi", False), ("change_oi", True)])
+def test_a_method_may_let_some_of_its_parameters_rest(
+    spoiled: str, stops: bool, recipe: Callable[..., Any], tmp_path: Path, before_update: Any
+) -> None:
+    """Behaviour: those that it names; any other is still missed."""
+    one = recipe(method={"name": "diff_pruning", "prune_at": 0.9})
+    before_update(lambda engine: setattr(named(engine, f".{spoiled}"), "grad", None))
+    if not stops:
+        assert go(one, tmp_path).outcome == "ok"
+        return
+    with pytest.raises(GuardFailed, match=spoiled):
+        go(one, tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool])
 def test_the_checksum_sees_any_bit_and_copies_nothing(dtype: torch.dtype) -> None:
     """Closed form: by hand over the bits; a transposed tensor has the same sum as itself."""
