@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lowres.core import registry
 from lowres.core.errors import InputError, Problem
@@ -30,6 +30,9 @@ from lowres.core.parts import (
 from lowres.core.schedule import Schedule
 
 SCHEMA = 1
+
+# An unquoted `no`, as accelerate names it, is false in YAML.
+_no = BeforeValidator(lambda value: "no" if value is False else value)
 
 
 @part
@@ -90,7 +93,7 @@ class Loop:
     warmup_ratio: Share = 0.0
     schedule: Schedule = "linear"
     max_grad_norm: PositiveFloat | None = 1.0
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Annotated[Literal["no", "bf16", "fp16"], _no] = "no"
     seed: NonNegativeInt = 0
     eval_every: PositiveInt | None = None
     save_every: PositiveInt | None = None

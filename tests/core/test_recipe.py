@@ -116,6 +116,16 @@ def test_overrides_reach_into_parts_and_lists(tmp_path: Path) -> None:
     assert recipe.levers == () and recipe.loop.seed == 5
 
 
+def test_precision_no_needs_no_quotes(tmp_path: Path) -> None:
+    """Behaviour: YAML 1.1 reads it as false, in a file and on the command line."""
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD)
+    plain = load_recipe(path, ["loop.precision=bf16"])
+    assert load_recipe(path, ["loop.precision=no"]).loop.precision == "no" != plain.loop.precision
+    path.write_text(GOOD + "  precision: no\n")
+    assert load_recipe(path).digest == load_recipe(path, ["loop.precision='no'"]).digest
+
+
 @pytest.mark.parametrize("override", ["loop.seed", "=3", "levers.4.name=x", "schema.x=3"])
 def test_a_wrong_override_is_named(override: str, tmp_path: Path) -> None:
     """Behaviour."""
