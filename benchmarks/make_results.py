@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lowres.core.record import RunRecord, from_file
 from lowres.core.units import format_bytes, format_count, format_seconds
+from lowres.run.suite import load
 
 HOME = Path(__file__).resolve().parent
 INTRODUCTION = (
@@ -42,7 +43,9 @@ def section(folder: Path) -> list[str]:
     found = groups(folder)
     first = next(iter(found.values()))[0][1]
     env = first.environment
-    splits = [(s.split, s.metric) for s in first.final_scores()]
+    # Of each split the metric that the task reports first.
+    main = {s.split: s for s in reversed(first.final_scores())}
+    splits = [(s.split, s.metric) for s in first.final_scores() if main[s.split] is s]
     lines = [
         f"## {folder.parent.name} on {folder.name}",
         "",
@@ -55,10 +58,11 @@ def section(folder: Path) -> list[str]:
         "|---|--:|--:|--:|" + "--:|" * (len(splits) + 5),
     ]  # fmt: skip
     baseline = [
-        f"{s.majority:.3f}" if s.majority is not None else "-" for s in first.final_scores()
-    ]
+        "-" if s.majority is None else f"{s.majority:.3f}"
+        for s in first.final_scores() if main[s.split] is s
+    ]  # fmt: skip
     lines.append("| *majority* | | | | " + " | ".join(baseline) + " | | | | | |")
-    for name, runs in found.items():
+    for name, runs in sorted(found.items(), key=lambda entry: -best_first(entry[1], *splits[0])):
         records = [r for _, r in runs]
         links = " ".join(
             f"[{r.recipe['loop']['seed']}]({p.relative_to(HOME).as_posix()})" for p, r in runs
@@ -86,20 +90,55 @@ def section(folder: Path) -> list[str]:
             format_bytes(m[0].checkpoint_bytes), format_bytes(m[0].saved_bytes),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    search = sorted((folder / "search").glob("*.json"))
-    if search:
-        lines += ["", "Learning-rate search, one run each, scored on held-out training rows:", ""]
-        lines += ["| run | lr | metric | value |", "|---|--:|---|--:|"]
-        for path in search:
-            record = from_file(path)
-            score = record.final_scores()[0]
-            name = path.stem.rsplit("-", 1)[0] if "e-" not in path.stem else path.stem.split("-")[0]
-            lines.append(
-                f"| [{name}]({path.relative_to(HOME).as_posix()}) | "
-                f"{record.recipe['optimizer']['lr']:g} | {score.split} {score.metric} | "
-                f"{score.value:.3f} +- {score.stderr:.3f} |"
-            )
-    return [*lines, ""]
+    return [*lines, *searched(folder, found), ""]
+
+
+def best_first(runs: list[tuple[Path, RunRecord]], split: str, metric: str) -> float:
+    """Mean over seeds; below everything where a run has none."""
+    scores = [
+        s for _, r in runs for s in r.final_scores() if (s.split, s.metric) == (split, metric)
+    ]
+    return statistics.fmean(s.value for s in scores) if scores else float("-inf")
+
+
+def searched(folder: Path, found: dict[str, list[tuple[Path, RunRecord]]]) -> list[str]:
+    """What each value of the search scored, and which was taken."""
+    runs: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    shown = ""
+    for path in sorted((folder / "search").glob("*.json")):
+        record = from_file(path)
+        told = [s for s in record.final_scores() if s.split == "held_out"]
+        # A suite that searches by likelihood says so in its file; the others take the main metric.
+        decides = {s.metric: s for s in told} if told else {}
+        metric = deciding_metric(folder.parent.name) or (told[0].metric if told else "")
+        rate = record.recipe["optimizer"]["lr"]
+        name = path.stem.removesuffix(f"-{rate:g}")
+        value = f"{decides[metric].value:.3f}" if metric in decides else record.outcome
+        taken = name in found and found[name][0][1].recipe["optimizer"]["lr"] == rate
+        text = f"[{rate:g}: {value}]({path.relative_to(HOME).as_posix()})"
+        runs[name].append((rate, f"**{text}**" if taken else text))
+        shown = metric
+    if not runs:
+        return []
+    return [
+        "",
+        f"Learning-rate search, one run each: held-out {shown} by rate, what was taken in bold.",
+        "",
+        "| run |" + " |" * max(map(len, runs.values())),
+        "|---|" + "---|" * max(map(len, runs.values())),
+        *(f"| {name} | " + " | ".join(text for _, text in sorted(tried)) + " |"
+          for name, tried in sorted(runs.items())),
+    ]  # fmt: skip
+
+
+def deciding_metric(group: str) -> str | None:
+    """What the search of the suite that a folder of records belongs to is decided by."""
+    for path in sorted((HOME / "suites").glob("*.yaml")):
+        suite = load(path)
+        tasks = suite.methods.tasks if suite.methods else {}
+        if group in (suite.name, *(f"{suite.name}-{task}" for task in tasks)):
+            return suite.search.metric if suite.search else None
+    return None
 
 
 def page() -> str:
