@@ -39,15 +39,22 @@ def watch() -> None:
 
 def stop_unless_served(model: Any) -> None:
     """Raise InputError where the model's attention would not ask, now or when it is next run."""
-    unserved = _unserved(model)
+    unserved = _unserved(model.config)
     if unserved is not None:
         raise InputError("the recipe", [Problem("model.attention", unserved)])
-    if _still_served not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_still_served)
+    for module in model.modules():
+        watched = _still_served in module._forward_pre_hooks.values()
+        if _asks(module) and hasattr(module, "config") and not watched:
+            module.register_forward_pre_hook(_still_served)
 
 
-def _unserved(model: Any) -> str | None:
-    implementation = getattr(model.config, "_attn_implementation", None)
+def _asks(module: nn.Module) -> bool:
+    """Whether an attention looks its function up, and does not compute by itself."""
+    return "ALL_ATTENTION_FUNCTIONS" in type(module).forward.__code__.co_names
+
+
+def _unserved(config: Any) -> str | None:
+    implementation = getattr(config, "_attn_implementation", None)
     if implementation == SERVED:
         return None
     return (
@@ -56,10 +63,10 @@ def _unserved(model: Any) -> str | None:
     )
 
 
-def _still_served(model: Any, _inputs: Any) -> None:
+def _still_served(attention: Any, _inputs: Any) -> None:
     """The implementation may be switched while prefixes are there: they would be passed over."""
-    unserved = _unserved(model)
-    if unserved is not None and any(_deltas(module) for module in model.modules()):
+    unserved = _unserved(attention.config)
+    if unserved is not None and _deltas(attention):
         raise LowresError(f"{unserved} (model.set_attn_implementation('{SERVED}'))")
 
 
@@ -72,9 +79,8 @@ def heads_of(model: Any, one: Attention) -> tuple[int, int]:
     inner = model.get_submodule(one.inner)
     names = ("head_dim", "attention_head_size", "key_value_proj_dim")
     width = next((int(getattr(inner, n)) for n in names if hasattr(inner, n)), None)
-    # Of the function, since an attention that computes by itself would pass prefixes by in silence.
-    asks = "ALL_ATTENTION_FUNCTIONS" in type(inner).forward.__code__.co_names
-    if width is None or not asks:
+    # One that computes by itself would pass prefixes by in silence.
+    if width is None or not _asks(inner):
         text = (
             f"{type(inner).__name__} computes its attention by itself, so that no keys and values "
             "can be put before its own; use lora or an adapter"

@@ -19,14 +19,15 @@ _NAME = "dequantize_4bit"
 
 @functools.cache
 def mend() -> torch.library.Library:
-    """Have the kernel see one long row, for all who call it in this process."""
+    """Have the kernel see such a matrix as one long row, for all who call it in this process."""
     plain = torch.library.get_kernel(f"bitsandbytes::{_NAME}", "CPU")
 
     def unpack(
         keys: Any, packed: Any, scales: Any, block: int, kind: str, shape: Any, dtype: Any
     ) -> Any:
-        flat = plain.call_boxed(keys, packed, scales, block, kind, [math.prod(shape)], dtype)
-        return flat.view(shape)
+        # Only there, since the kernel divides rows, and not a row, among threads.
+        seen = [math.prod(shape)] if shape[-1] % block else shape
+        return plain.call_boxed(keys, packed, scales, block, kind, seen, dtype).view(shape)
 
     ours = torch.library.Library("bitsandbytes", "IMPL")  # holds as long as it is held
     with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced

@@ -142,15 +142,21 @@ class DeltaTuner(BaseTuner):
         self._to_merge = adapter_names
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        self._to_merge = kwargs.get("adapter_names")
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        self._to_merge = adapter_names
         if merge:
             self._check_merge_allowed()
         for owner, name, layer in _wrapped(self.model):
             if merge:
-                layer.merge(kwargs.get("safe_merge", False), kwargs.get("adapter_names"))
+                layer.merge(safe_merge, adapter_names)
             owner._modules[name] = layer.base_layer
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _create_and_replace(
         self,
@@ -196,6 +202,9 @@ class DeltaTuner(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         names = self.active_adapters if self._to_merge is None else self._to_merge
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"no adapter {unknown} to merge; there are {[*self.peft_config]}")
         for config in (self.peft_config[name] for name in names):
             for delta in config.classes():
                 if delta.fold is Delta.fold:
@@ -204,7 +213,10 @@ class DeltaTuner(BaseTuner):
                         "change of a weight; keep it beside the model"
                     )
         for path, module in self.model.named_modules():
-            if isinstance(module, DeltaLayer):
+            if not isinstance(module, DeltaLayer):
+                continue
+            deltas = [d for name in names for d in module.deltas(name)]
+            if deltas:
                 weight = getattr(module.get_base_layer(), "weight", None)
                 if weight is not None and not weight.is_floating_point():
                     # A change would be added to the codes that stand for the weights.
@@ -212,7 +224,7 @@ class DeltaTuner(BaseTuner):
                         f"the adapter is not merged: the weights at {path} are quantised; load it "
                         "on the base in 16 bits or more and merge there"
                     )
-                for delta in (d for name in names for d in module.deltas(name)):
+                for delta in deltas:
                     why = delta.unfoldable(module.get_base_layer())
                     if why is not None:
                         raise LowresError(f"the adapter is not merged: at {path}, {why}")

@@ -20,5 +20,5 @@ class Bf16Weights(NarrowWeights):
     smaller than 1/256 of a weight is lost.
     """
 
-    tolerance: ClassVar[float] = 2**-9  # half of the last of 8 bits, in each weight
+    tolerance: ClassVar[float] = 2**-8  # half of the last of 8 bits, in each weight
     dtype: ClassVar[str] = "bfloat16"

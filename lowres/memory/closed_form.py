@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lowres.memory.roofline import Rates, scaled, seconds_of
+from lowres.memory.roofline import Rates, paged_bytes, scaled, seconds_of
 from lowres.memory.trace import LIBRARY, Cost, Trace
 
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
@@ -94,6 +94,11 @@ class ClosedForm:
         """Peak of live bytes."""
         factors = np.array([1.0, rows * length, rows * length * length])
         return int((factors @ self.instants).max())
+
+    @property
+    def paged_bytes(self) -> int:
+        """Of what the optimizer pages."""
+        return paged_bytes(self.rest.items())
 
     def step_seconds(self, rates: Rates, rows: int, length: int, updates_rows: int) -> float:
         """Of an update over `updates_rows` rows in micro-batches of `rows`."""

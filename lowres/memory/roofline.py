@@ -8,7 +8,7 @@ assumptions until `lowres doctor --calibrate` has measured the device; the band 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lowres.core.plan import StepPlan
@@ -32,6 +32,8 @@ class Rates:
         products, attention, traffic: Shares of the above that kernels reach.
         band: Factors on the result between which a measured median is expected.
         basis: Where all this comes from.
+        pages: Whether the device lacks the room for all that is paged. The driver lets go of what
+            was used longest ago, so that of states, used in turns, none then stay.
     """
 
     flops: Mapping[str, float]
@@ -43,12 +45,19 @@ class Rates:
     traffic: float
     band: tuple[float, float]
     basis: str
+    pages: bool = True
 
 
 DATASHEET = {"products": 0.7, "attention": 0.4, "traffic": 0.75, "band": (0.6, 1.7)}
 """Shares of datasheet rates; no record of a GPU stands behind them yet."""
 MEASURED = {"products": 1.0, "attention": 0.6, "traffic": 1.0, "band": (0.75, 1.35)}
 """Shares of rates that a calibration measured with large products and copies."""
+
+
+def paged_bytes(costs: Iterable[tuple[Cost, int]]) -> int:
+    """Of all pages that costs, each with how often it occurs, move there and back."""
+    moved = sum(cost.bytes * times for cost, times in costs if cost.kind == "paging")
+    return moved // 2
 
 
 def step_time(trace: Trace, rates: Rates, passes: float, repeats: float, tokens: float) -> StepPlan:
@@ -99,6 +108,8 @@ def scaled(cost: Cost, grown: float, longer: float = 1.0) -> Cost:
 
 def seconds_of(cost: Cost, rates: Rates) -> tuple[str, float, float]:
     """The class of an operation, the seconds of its work, and those the device waits for it."""
+    if cost.kind == "paging":
+        return "transfers", cost.bytes / rates.transfer if rates.pages else 0.0, 0.0
     if cost.kind == "transfer":
         # What the host computes is bound by its memory, which is about as fast as the bus.
         return "transfers", cost.bytes / rates.transfer, 0.0

@@ -56,12 +56,13 @@ def over_bus(cost: Cost, copies: bool, arguments: Any) -> list[Cost]:
     """A cost with what the bus carries for it.
 
     All of it inside of `host.memory()`, a copy once: it was counted read and written. Where the
-    device works on host memory its pages come and, since optimizers write to them, go back.
+    device works on host memory its pages come and, since optimizers write to them, go back, unless
+    there is room to keep them: that is of the kind `paging`.
     """
     if host.allocating():
         return [replace(cost, kind="transfer", bytes=cost.bytes // (2 if copies else 1))]
     paged = 0 if copies else sum(_bytes(t) for t in _tensors(arguments) if host.holds(t))
-    there = [replace(cost, kind="transfer", flops=0, bytes=2 * paged)] if paged else []
+    there = [replace(cost, kind="paging", flops=0, bytes=2 * paged)] if paged else []
     return [*there, cost]
 
 

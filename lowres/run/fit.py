@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from lowres.memory.trace import Trace
 from lowres.run import assumed, planned_quality
 from lowres.run.choosing import choose, in_time, instead, wanted_length, whole_length
 from lowres.run.combinations import LENGTHS, ROWS, Combination, combinations, stages
-from lowres.run.plan import rates_of, target_of
+from lowres.run.plan import rates_of, room_of, target_of
 from lowres.run.ranking import Choice, Goal, front, needed
 from lowres.run.rehearsal import rehearse
 from lowres.run.starting import starting_recipe
@@ -198,7 +199,9 @@ def _weigh(
         for rows in ROWS:
             needs = form.peak_bytes(rows, length) + card.context_bytes
             seconds = tokens = None
+            room_bytes = room_of(card, needs)
             if rates is not None:
+                rates = dataclasses.replace(rates, pages=form.paged_bytes > room_bytes)
                 seconds = form.step_seconds(rates, rows, length, updates_rows)
                 tokens = updates_rows * length / seconds
             settings = combination.settings | {"rows": rows, "length": length}
@@ -206,7 +209,7 @@ def _weigh(
                 Candidate(
                     settings=settings,
                     needed_bytes=needs,
-                    fits=needs - card.context_bytes <= card.available_bytes,
+                    fits=room_bytes >= 0,
                     seconds=seconds,
                     tokens_per_second=tokens,
                     quality=quality,

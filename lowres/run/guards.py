@@ -58,6 +58,7 @@ class Guards:
         self._waived: frozenset[Guard] = frozenset().union(*(p.waives for p in parts))
         self._model, self._optimizer, self._event = model, optimizer, event
         self._may_rest = recipe.method.may_rest
+        self._moved: set[str] = set()
         self._rates: dict[str, float] = {}
         self._largest: dict[str, float] = {}
         """Of each trained parameter's gradients so far."""
@@ -88,7 +89,10 @@ class Guards:
                 raise GuardFailed(
                     text + "this is a mistake in a part of the recipe, not in its values"
                 )
-            self._trained = {name: _sum_of(p) for name, p in trained.items()}
+            self._trained = {
+                name: _sum_of(p) for name, p in trained.items()
+                if name.rpartition(".")[2] != self._may_rest
+            }  # fmt: skip
         if self._divided and "gradients" not in self._waived:
             for name, parameter in trained.items():
                 came = functools.partial(self._arrive, name)
@@ -141,7 +145,8 @@ class Guards:
         self._arrived[name] = max(both) if all(map(math.isfinite, both)) else math.inf
 
     def updated(self, skipped: bool) -> None:
-        """Tell that an update was made; after the second one, look at what has moved.
+        """Tell that an update was made; after the second one, look at what has moved since then or
+        in the first: a method may set back what it trains.
 
         An update that float16's loss scaler skipped, or with a learning rate of 0 (the first of a
         warm-up), does not count.
@@ -160,19 +165,16 @@ class Guards:
         self._updates += 1
         # What rested meanwhile, or has just come in, has made too few updates to tell.
         self._trained = {n: was for n, was in self._trained.items() if n in there}
+        self._moved |= {n for n, was in self._trained.items() if _sum_of(there[n]) != was}
         if self.watching:
             return
         for remove in self._hooks:
             remove()
         if "moved" in self._waived:
             return
-        looked_at = {
-            name: was for name, was in self._trained.items()
-            if name.rpartition(".")[2] != self._may_rest
-        }  # fmt: skip
-        still = [name for name, was in looked_at.items() if _sum_of(there[name]) == was]
+        still = [name for name in self._trained if name not in self._moved]
         small = [n for n in still if self._is_small(n, there[n], _largest_of(there[n]))]
-        if still and (len(still) == len(looked_at) or len(small) < len(still)):
+        if still and (len(still) == len(self._trained) or len(small) < len(still)):
             named = [n for n in still if n not in small] or still
             raise GuardFailed(
                 f"after {UPDATES} updates {some(named)} of {len(self._trained)} trained "

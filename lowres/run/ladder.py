@@ -173,7 +173,9 @@ def weigh(recipe: Recipe, device: Device | None, card: Card | None) -> Weighed:
         done = rehearse(recipe, inputs, target, quick=True)
     except DoesNotRepeat:
         done = rehearse(recipe, inputs, target, quick=True, whole=True)
-    return Weighed(_needed(done, card, target.kind == "cpu"), planning.step_of(device, done))
+    needed_bytes = _needed(done, card, target.kind == "cpu")
+    room_bytes = None if card is None else planning.room_of(card, needed_bytes)
+    return Weighed(needed_bytes, planning.step_of(device, done, room_bytes))
 
 
 def _needed(done: Rehearsal, card: Card | None, on_cpu: bool) -> int:

@@ -20,7 +20,7 @@ from lowres.memory import device as devices
 from lowres.memory.allocator import CachingAllocator, smallest_capacity
 from lowres.memory.catalogue import Device
 from lowres.memory.extend import DoesNotRepeat
-from lowres.memory.roofline import DATASHEET, MEASURED, Rates, step_time
+from lowres.memory.roofline import DATASHEET, MEASURED, Rates, paged_bytes, step_time
 from lowres.memory.summary import Summary
 from lowres.memory.trace import Trace
 from lowres.memory.translate import Target
@@ -98,7 +98,7 @@ def plan(
         host_fits=host_fits(recipe, host_bytes, device),
         trainable=done.trainable,
         total=done.total,
-        step=step_of(device, done),
+        step=step_of(device, done, None if card is None else room_of(card, needed_bytes)),
         curve=summary.curve(*summary.bounds["steady_steps"]),
         shapes=shapes,
         depth=_depth(done, exact),
@@ -137,7 +137,12 @@ def target_of(device: Device | None) -> Target:
 
 def device_fits(needed_bytes: int, card: Card) -> bool:
     """Whether a card offers that much, its context included."""
-    return needed_bytes - card.context_bytes <= card.available_bytes
+    return room_of(card, needed_bytes) >= 0
+
+
+def room_of(card: Card, needed_bytes: int) -> int:
+    """What is left of a card beside so much, its context included."""
+    return card.available_bytes - (needed_bytes - card.context_bytes)
 
 
 def host_fits(recipe: Recipe, needed_bytes: int, device: Device | None) -> bool | None:
@@ -236,10 +241,14 @@ def rates_of(device: Device) -> Rates | None:
     )
 
 
-def step_of(device: Device | None, done: Rehearsal) -> StepPlan | None:
+def step_of(device: Device | None, done: Rehearsal, room_bytes: int | None) -> StepPlan | None:
+    """Args: room_bytes: What of the device is left, for pages to stay in; None is not known."""
     rates = rates_of(device) if device is not None else None
     if rates is None:
         return None
+    if room_bytes is not None:
+        paged = paged_bytes((cost, 1) for cost in done.trace.costs)
+        rates = dataclasses.replace(rates, pages=paged > room_bytes)
     return step_time(done.trace, rates, done.passes, done.repeats, done.tokens)
 
 

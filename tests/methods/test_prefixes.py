@@ -409,12 +409,14 @@ def test_switching_the_attention_function_afterwards_is_an_error(method: str, ki
     model = adapted(kind, method)
     asked = rows(kind)
     before = logits(model, **asked)
-    model.set_attn_implementation("eager")
-    with pytest.raises(LowresError, match="set_attn_implementation"):
-        model(**asked)
-    with model.disable_adapter():
-        model(**asked)
-    model.set_attn_implementation("sdpa")
+    parts = [model] if kind == "decoder" else [model, model.get_encoder(), model.get_decoder()]
+    for part in parts:
+        part.set_attn_implementation("eager")
+        with pytest.raises(LowresError, match="set_attn_implementation"):
+            model(**asked)
+        with model.disable_adapter():
+            model(**asked)
+        part.set_attn_implementation("sdpa")
     assert torch.equal(logits(model, **asked), before)
 
 

@@ -229,6 +229,15 @@ def test_a_method_may_let_some_of_its_parameters_rest(
         go(one, tmp_path)
 
 
+def test_what_moved_and_was_set_back_has_moved(recipe: Callable[..., Any], tmp_path: Path) -> None:
+    """Behaviour: pruning before the second update sets most changes back to their start, and a rule
+    without momentum leaves them there."""
+    one = recipe(
+        method="diff_pruning", loop={"steps": 2}, optimizer={"name": "adafactor", "lr": 1e-3}
+    )
+    assert go(one, tmp_path).outcome == "ok"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool])
 def test_the_checksum_sees_any_bit_and_copies_nothing(dtype: torch.dtype) -> None:
     """Closed form: by hand over the bits; a transposed tensor has the same sum as itself."""
