@@ -24,6 +24,8 @@ class Climb:
     Args:
         hidden: h of the rung below (B, T, W).
         encoded: h of the encoder's last rung (B, S, W).
+        source: What the encoder itself gave in that pass (B, S, D), where a hook could see it.
+        same: What the decoder was given and was found to be `source`, or rows of it repeated.
         across: What the decoder's side blocks look at (B, S, W).
         biases: T5's biases by distance, which the first rung of a stack makes.
         like: Masks and positions in the side network's type, by identity of the tensor, which is
@@ -32,6 +34,8 @@ class Climb:
 
     hidden: torch.Tensor | None = None
     encoded: torch.Tensor | None = None
+    source: torch.Tensor | None = None
+    same: torch.Tensor | None = None
     across: torch.Tensor | None = None
     biases: dict[str, Any] = field(default_factory=dict)
     like: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -42,6 +46,21 @@ class Climb:
         self.across, self.biases, self.like = None, {}, {}
         assert hidden is not None
         return hidden
+
+    def let_go(self) -> None:
+        """Of the encoder's side."""
+        self.encoded = self.source = self.same = None
+
+    def is_of(self, encoded_BSD: torch.Tensor) -> bool:
+        """Whether it is what the encoder gave in the pass of this side. While generating the same
+        tensor comes again with every token, so that its values are compared once."""
+        if self.source is None or encoded_BSD is self.source or encoded_BSD is self.same:
+            return True
+        times = len(encoded_BSD) // len(self.source)
+        if not torch.equal(encoded_BSD, self.source.repeat_interleave(times, dim=0)):
+            return False
+        self.same = encoded_BSD
+        return True
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         """A block's argument in the side network's type, made once for all rungs."""
@@ -92,6 +111,12 @@ class Rung(Delta):
         self._names = side_blocks.arguments_of(base)
         self._room = side_blocks.Room.beside_block(base)
 
+    @staticmethod
+    def check_model(model: Any) -> None:
+        encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+        if encoder is not None and _remember not in encoder._forward_hooks.values():
+            encoder.register_forward_hook(_remember)
+
     def around(
         self, call: Callable[..., Any], *inputs: torch.Tensor, **others: Any
     ) -> torch.Tensor:
@@ -107,14 +132,14 @@ class Rung(Delta):
             if self._reads:
                 climb.across = self._read(given[ENCODED])
             else:
-                climb.encoded = None
+                climb.let_go()
         self._step(made, given)
         if self._closes:
             climb.encoded = climb.end()
         if self.up is not None:
             made = made + cast(times(cast(climb.end(), made), self.up), made)
             if torch.is_grad_enabled():  # while generating, the encoder is run once only
-                climb.encoded = None
+                climb.let_go()
         changed: Any = (made, *output[1:]) if isinstance(output, tuple) else made
         return changed  # type: ignore[no-any-return]
 
@@ -124,7 +149,8 @@ class Rung(Delta):
             return times(encoded_BSD, self.encoded)
         mine = self._climb.encoded
         rows, tokens = encoded_BSD.shape[:2]
-        if mine is None or mine.shape[1] != tokens or rows % mine.shape[0]:
+        fits = mine is not None and mine.shape[1] == tokens and not rows % mine.shape[0]
+        if mine is None or not fits or not self._climb.is_of(encoded_BSD):
             raise LowresError(
                 "method 'ladder': the decoder was given an encoder's output that is not the last "
                 "one that was made, and the side network's is gone; call the model as a whole"
@@ -155,6 +181,14 @@ class Rung(Delta):
             after, *biases = after
             climb.biases = dict(zip(shares, biases, strict=False))
         climb.hidden = after
+
+
+def _remember(encoder: nn.Module, _inputs: Any, output: Any) -> None:
+    """What an encoder gives, beside what the last rung of its ladder gave in the same pass."""
+    for module in encoder.modules():
+        climb = module._climb if isinstance(module, Rung) else Climb()
+        if climb.encoded is not None and climb.source is None:
+            climb.source = output[0]
 
 
 def times(value: torch.Tensor, layer: nn.Linear) -> torch.Tensor:

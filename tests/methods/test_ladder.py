@@ -295,6 +295,29 @@ def test_an_encoders_output_of_another_pass_is_refused() -> None:
         model(encoder_outputs=encoded, decoder_input_ids=given["decoder_input_ids"])
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+def test_an_encoders_output_of_the_same_size_is_told_from_the_last_one(disabled: bool) -> None:
+    """Reference: the model called as a whole on the second text; the first text's, and one that was
+    made without the ladder, are refused."""
+    model = moved(adapted(t5().eval())).eval()
+    given = batch(model)
+    decoded = {"decoder_input_ids": given["decoder_input_ids"]}
+    encode = unwrap_adapted(model).get_encoder()
+    with torch.no_grad():
+        first = encode(given["input_ids"])
+        if disabled:
+            with model.disable_adapter():
+                other = encode(given["input_ids"].flip(1))
+            with pytest.raises(LowresError, match="call the model as a whole"):
+                model(encoder_outputs=other, **decoded)
+            return
+        second = encode(given["input_ids"].flip(1))
+        with pytest.raises(LowresError, match="call the model as a whole"):
+            model(encoder_outputs=first, **decoded)
+        found = model(encoder_outputs=second, **decoded).logits
+        assert torch.equal(found, model(input_ids=given["input_ids"].flip(1), **decoded).logits)
+
+
 def test_of_the_full_width_pruning_keeps_everything(made: Any) -> None:
     """Closed form: a small block that is as wide as the model's is the model's."""
     names = map_blocks(made, [], True, False).names
