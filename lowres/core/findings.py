@@ -46,12 +46,22 @@ class Comparison:
         return low <= rows and (high is None or rows <= high) and self.kind in (None, kind)
 
     def places(self) -> dict[str, float]:
-        """Method to where it stands between the worst (0) and the best (1)."""
+        """Method to where it stands between the worst (0) and the best (1).
+
+        Of an order each has the mean rank of its tier. Scores that lie closer together than a
+        twentieth of the best one stay that much nearer to the middle.
+        """
         if self.leads:
-            last = len(self.leads) - 1
-            return {name: 1 - at / last for at, tier in enumerate(self.leads) for name in tier}
+            last = sum(map(len, self.leads)) - 1
+            out: dict[str, float] = {}
+            ahead = 0
+            for tier in self.leads:
+                out |= dict.fromkeys(tier, 1 - (ahead + (len(tier) - 1) / 2) / last)
+                ahead += len(tier)
+            return out
         low, high = min(self.scores.values()), max(self.scores.values())
-        return {name: (score - low) / (high - low) for name, score in self.scores.items()}
+        spread, middle = max(high - low, abs(high) / 20), (low + high) / 2
+        return {name: 0.5 + (score - middle) / spread for name, score in self.scores.items()}
 
     def told(self, method: str) -> str:
         """What it says of a method, in a few words."""
@@ -79,4 +89,8 @@ class Findings:
 
 def read(file: Path = FILE) -> Findings:
     """All findings of the package."""
-    return TypeAdapter(Findings).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+    found = TypeAdapter(Findings).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+    for table in found.tables:
+        if len(table.leads) == 1 or len(table.leads or table.scores) < 2:
+            raise ValueError(f"{file}: '{table.setting}' compares nothing; give two or more")
+    return found

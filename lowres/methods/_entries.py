@@ -214,5 +214,14 @@ def stop_at_infinite(name: str, scores: Mapping[str, torch.Tensor]) -> None:
         )
 
 
+def stop_at_nothing(name: str, scores: Mapping[str, torch.Tensor]) -> None:
+    """Raise LowresError where no score is other than 0: places would be chosen by chance."""
+    if not any(bool(scored.any()) for scored in scores.values()):
+        raise LowresError(
+            f"method '{name}' cannot choose: no gradient reaches any matrix; look whether "
+            "loop.max_length cuts the targets off, or hold the model in a wider type (model.dtype)"
+        )
+
+
 def _top(values: torch.Tensor, count: int) -> torch.Tensor:
     return values if values.numel() <= count else values.topk(count, sorted=False).values

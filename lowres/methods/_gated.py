@@ -22,7 +22,9 @@ _EDGE = 1e-4
 class GatedDelta(Delta):
     """`y + (z o w) x`, z in [0, 1] hard concrete: drawn anew in training, else what is usual of it.
 
-    Settings: `log_alpha`: of every gate at the start.
+    What is trained of a gate is its shift: `log alpha = start + rate shift`.
+
+    Settings: `log_alpha`: of every gate at the start; `gate_rate`.
     """
 
     def __init__(
@@ -31,11 +33,16 @@ class GatedDelta(Delta):
         super().__init__(base, settings, before)
         i, o = features(base)
         self.change_oi = nn.Parameter(torch.zeros(o, i, device=place(base)))
-        self.log_alpha_oi = nn.Parameter(torch.full_like(self.change_oi, settings["log_alpha"]))
+        self.shift_oi = nn.Parameter(torch.zeros_like(self.change_oi))
+        self._start, self._rate = float(settings["log_alpha"]), float(settings["gate_rate"])
+
+    def log_alpha(self) -> torch.Tensor:
+        """(o, i)."""
+        return self._start + self._rate * self.shift_oi
 
     def gates(self) -> torch.Tensor:
         """z."""
-        logits: torch.Tensor = self.log_alpha_oi
+        logits = self.log_alpha()
         if self.training:
             drawn = torch.rand_like(logits).clamp_(_EDGE, 1 - _EDGE)
             logits = logits + drawn.logit_()
@@ -49,13 +56,13 @@ class GatedDelta(Delta):
     def expected_gates(self) -> torch.Tensor:
         """The expected number of gates above 0."""
         low, high = STRETCH
-        return (self.log_alpha_oi - math.log(-low / high)).sigmoid().sum().float()
+        return (self.log_alpha() - math.log(-low / high)).sigmoid().sum().float()
 
     @torch.no_grad()
     def usual(self) -> torch.Tensor:
         """z o w without a draw."""
         low, high = STRETCH
-        gates = (self.log_alpha_oi.sigmoid() * (high - low) + low).clamp_(0, 1)
+        gates = (self.log_alpha().sigmoid() * (high - low) + low).clamp_(0, 1)
         return gates.mul_(self.change_oi)
 
     @torch.no_grad()
@@ -65,7 +72,8 @@ class GatedDelta(Delta):
         # Where closed gates leave fewer than were asked for, the threshold is 0.
         kept_oi = (usual_oi.abs() >= threshold) & (usual_oi != 0)
         self.change_oi.copy_(usual_oi * kept_oi)
-        self.log_alpha_oi.copy_(kept_oi.to(usual_oi.dtype).mul_(2).sub_(1).mul_(SURE))
+        sure_oi = kept_oi.to(usual_oi.dtype).mul_(2).sub_(1).mul_(SURE)
+        self.shift_oi.copy_((sure_oi - self._start) / self._rate)
 
     def fold(self, base: nn.Module, sign: int) -> None:
         add_to_weight(base, self.usual(), sign)

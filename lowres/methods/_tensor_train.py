@@ -19,7 +19,7 @@ from lowres.core.delta import Delta, add_to_weight, cast, features, place
 from lowres.methods._bottleneck import ACTIVATIONS
 from lowres.methods._recompute import recompute
 
-# With 12 the modes of 768, 4096 and 64 are those of the paper's code: 8 8 12, 16 16 16, 8 8.
+# With 12 the modes of 768 and 4096 are those of the paper's code: 8 8 12, 16 16 16.
 _USUAL_MODE = 12
 
 

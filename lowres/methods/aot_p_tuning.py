@@ -30,7 +30,8 @@ class AotPTuning(Adapter):
     Args:
         form: `embeddings`: `P = gelu(E W_1 + b_1) W_2 + b_2` of the frozen embeddings E;
             `kronecker`: `P = (W_L kron W_M) W_R`.
-        rank: r, the inner width of the first; of the second, whose W_R has r r rows, take 5 to 50.
+        rank: r, the inner width of the first (128 unless given); of the second, whose W_R has r r
+            rows, take 5 to 50 (20).
     """
 
     taxonomy: ClassVar[Taxonomy] = "additive: soft prompts"
@@ -38,7 +39,7 @@ class AotPTuning(Adapter):
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 1e-3)
 
     form: Literal["embeddings", "kronecker"] = "embeddings"
-    rank: PositiveInt = 128
+    rank: PositiveInt | None = None
 
     def pieces(self, model: nn.Module, blocks: Blocks) -> Sequence[Piece]:
         from lowres.bridges import sites
@@ -47,6 +48,7 @@ class AotPTuning(Adapter):
 
         embedded = self.form == "embeddings"
         kind = EmbeddedRows if embedded else KroneckerRows
+        rank = self.rank or (128 if embedded else 20)
         stacks = sites.token_embeddings(model, blocks)
         return [
             Piece(TokenIds, [one.path for one in stacks], {"embeddings": embedded}),
@@ -55,7 +57,7 @@ class AotPTuning(Adapter):
                     kind,
                     one.blocks,
                     {
-                        "rank": self.rank, "vocabulary": one.vocabulary, "embedded": one.width,
+                        "rank": rank, "vocabulary": one.vocabulary, "embedded": one.width,
                         "hidden": one.hidden,
                     },
                 )

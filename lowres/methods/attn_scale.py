@@ -113,7 +113,9 @@ def _heads(model: nn.Module, attention: Attention) -> tuple[int, int]:
     heads = next((count for count in counts if isinstance(count, int) and count > 0), 0)
     made = features(model.get_submodule(attention.query))[1]
     if attention.fused:
-        if attention.query.rpartition(".")[2] not in _QUERIES_FIRST:
+        # GPTBigCode with keys of its own for each head lays queries, keys and values out by head.
+        by_head = getattr(inner, "multi_query", None) is False
+        if by_head or attention.query.rpartition(".")[2] not in _QUERIES_FIRST:
             raise _no_map(f"which rows of '{attention.query}' are queries is not known")
         made = features(model.get_submodule(attention.out))[0]
     if not heads or made % heads:

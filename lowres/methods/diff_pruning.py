@@ -3,10 +3,10 @@
 Paper: Parameter-Efficient Transfer Learning with Diff Pruning, Guo et al. 2020.
 https://arxiv.org/abs/2012.07463
 
-Departs from the paper: linear layers in blocks alone; no gates for groups; one learning rate for
-changes and gates, where the authors' code has a larger one for gates; pruning takes its place
-within the updates of the run; what is saved are changes and gates as they are, not the few changes
-that are left.
+Departs from the paper: linear layers in blocks alone; no gates for groups; what is trained of a
+gate is its shift over `gate_rate`, which stands for the larger learning rate of the authors;
+pruning takes its place within the updates of the run; what is saved are changes and gates as they
+are, not the few changes that are left.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from lowres.core.errors import InputError, Problem
 from lowres.core.method import Taxonomy
-from lowres.core.parts import Circumstance, part
+from lowres.core.parts import Circumstance, PositiveFloat, part
 from lowres.methods._adapter import Adapter
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class DiffPruning(Adapter):
         share: Of the weights, that are kept.
         penalty_weight: Of the expected number of open gates.
         log_alpha: Of every gate at the start.
+        gate_rate: How many times faster a gate's log alpha is trained than a change.
         prune_at: After this share of the updates.
         targets: `all-linear`, `paper` (queries and values), or layer names joined by `+`.
     """
@@ -50,7 +52,7 @@ class DiffPruning(Adapter):
     mergeable: ClassVar[bool] = True
     draws: ClassVar[bool] = True
     # A gate that is surely open gets next to nothing from the data while its weight is zero.
-    may_rest: ClassVar[str | None] = "log_alpha_oi"
+    may_rest: ClassVar[str | None] = "shift_oi"
     refuses: ClassVar[Mapping[Circumstance, str]] = {
         "divided": "it prunes whole matrices, of which each process holds a part; use 'fish_mask'",
         "rotating": "it prunes all matrices at once, whatever their turns were; use freezing "
@@ -61,6 +63,8 @@ class DiffPruning(Adapter):
     share: Annotated[float, Field(gt=0, le=1)] = 0.005
     penalty_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.25e-7
     log_alpha: Annotated[float, Field(allow_inf_nan=False)] = 5.0
+    # The authors train it at .1 and changes at 1e-5.
+    gate_rate: PositiveFloat = 1e4
     prune_at: Annotated[float, Field(gt=0, lt=1)] = 0.5
     targets: str = "all-linear"
 
@@ -70,7 +74,8 @@ class DiffPruning(Adapter):
         from lowres.methods._gated import GatedDelta
 
         paths = peft.linear_paths(model, blocks, self.targets)
-        return [Piece(GatedDelta, paths, {"log_alpha": self.log_alpha})]
+        settings = {"log_alpha": self.log_alpha, "gate_rate": self.gate_rate}
+        return [Piece(GatedDelta, paths, settings)]
 
     def uneven(self) -> str | None:
         return "the penalty is one sum over all matrices" if self.penalty_weight else None
@@ -78,6 +83,11 @@ class DiffPruning(Adapter):
     def before_update(self, model: nn.Module, step: int, total: int) -> None:
         from lowres.methods import _entries
 
+        if total < 2:
+            raise InputError(
+                "the recipe",
+                [Problem("loop", "'diff_pruning' prunes between updates; make at least two")],
+            )
         if step != self._pruned_before(total):
             return
         deltas = _deltas(model)
@@ -89,7 +99,7 @@ class DiffPruning(Adapter):
     def penalty(self, model: nn.Module) -> torch.Tensor | None:
         import torch
 
-        deltas = [d for d in _deltas(model) if d.log_alpha_oi.requires_grad]
+        deltas = [d for d in _deltas(model) if d.shift_oi.requires_grad]
         if not self.penalty_weight or not deltas:
             return None
         # Gates that pruning has set give a number, and no gradient.

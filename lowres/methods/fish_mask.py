@@ -61,6 +61,7 @@ class FishMask(Sparse):
         from lowres.methods import _entries
 
         _entries.stop_at_infinite(self.name, scores)
+        _entries.stop_at_nothing(self.name, scores)
         # As many as are expected, which rounds matrix by matrix.
         count = sum(_entries.floor(self.share, scored.numel()) for scored in scores.values())
         return _entries.highest(scores, count)

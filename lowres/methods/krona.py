@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 @part
 class Krona(Adapter):
-    """Of any rank that the two factors' ranks multiply to, for the parameters of a LoRA of rank 1
-    to 2; no matrix of the layer's size is made in training.
+    """Of any rank that the two factors' ranks multiply to, for half to all of the parameters of a
+    LoRA of rank 1 where sizes have factors near their roots (a size that is twice a prime takes far
+    more); no matrix of the layer's size is made in training.
 
     Args:
         rank: Of B, which is held whole where its longer side is 2 rank at most; null for always.

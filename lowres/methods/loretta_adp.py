@@ -1,12 +1,12 @@
-"""Add a small network of tensor trains behind attention and behind the feed-forward part of each
-block.
+"""Add a network of tensor trains behind attention and behind the feed-forward part of each block.
 
 Paper: LoRETTA: Low-Rank Economic Tensor-Train Adaptation for Ultra-Low-Parameter Fine-Tuning of
 Large Language Models, Yang et al. 2024. https://arxiv.org/abs/2402.11417
 
 Departs from the paper: the last core of the up-projection starts at zero, so that the first outputs
 are exactly the model's; norms stay frozen and the classifier is as the model has it (the paper
-trains norms and makes the classifier a train too); modes are found from the sizes.
+trains norms and makes the classifier a train too); modes are found from the sizes. (Its code for
+LLaMA has three a block instead of two: before gate and up, and after down.)
 """
 
 from __future__ import annotations

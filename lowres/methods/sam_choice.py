@@ -59,4 +59,5 @@ class SamChoice(Sparse):
         from lowres.methods import _entries
 
         _entries.stop_at_infinite(self.name, scores)
+        _entries.stop_at_nothing(self.name, scores)
         return _entries.highest_of_each({p: s.abs() for p, s in scores.items()}, self.share)

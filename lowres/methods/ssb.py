@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Ssb(Adapter):
     """One number for each input and output. Backward keeps the layer's input and its output, and
     not the product W (s x) beside them. With activations in 16 bits a change of less than about
-    1/512 (bfloat16) or 1/4096 (float16) is rounded away.
+    1/512 (bfloat16) or 1/4096 (float16) is rounded away, and beside a bias many times larger than
+    the product (keys of Qwen2) so is most of the gradient of t.
 
     Args:
         targets: `paper` (keys, values, and the layers that widen the feed-forward part),

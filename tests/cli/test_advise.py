@@ -39,14 +39,18 @@ def order(*asked: Any) -> list[str]:
 
 
 def test_places_lie_between_the_worst_and_the_best() -> None:
-    """Closed form: scores linearly, leaders before those that follow."""
+    """Closed form: scores linearly, near ones near the middle, of tiers the mean rank."""
     told: dict[str, Any] = {
         "source": "s", "url": "u", "basis": "text", "setting": "t", "kind": None, "rows": (1, 10),
     }  # fmt: skip
     scored = Comparison(**told, scores={"a": 10.0, "b": 15.0, "c": 20.0})
     assert scored.places() == {"a": 0.0, "b": 0.5, "c": 1.0}
     led = Comparison(**told, leads=(("a", "b"), ("c",)))
-    assert led.places() == {"a": 1.0, "b": 1.0, "c": 0.0}
+    assert led.places() == {"a": 0.75, "b": 0.75, "c": 0.0}
+    near = Comparison(**told, scores={"a": 100.0, "b": 99.0})
+    assert near.places() == pytest.approx({"a": 0.6, "b": 0.4})
+    tied = Comparison(**told, scores={"a": 3.0, "b": 3.0})
+    assert tied.places() == {"a": 0.5, "b": 0.5}
     assert scored.speaks_for(10, "generation") and not scored.speaks_for(11, "generation")
 
 
@@ -58,6 +62,16 @@ def test_every_finding_names_its_source() -> None:
         assert table.url.startswith("https://") and table.setting and table.source
         assert bool(table.scores) != bool(table.leads) and len(table.places()) >= 2
     assert all(remark.url.startswith("https://") for remark in found.remarks)
+
+
+@pytest.mark.parametrize("table", ["leads: [[lora, bitfit]]", "scores: {lora: 1.0}"])
+def test_a_comparison_of_nothing_is_refused(table: str, tmp_path: Path) -> None:
+    """Behaviour: with its setting, when the file is read."""
+    file = tmp_path / "methods.yaml"
+    entry = "{source: s, url: u, basis: text, setting: alone, kind: null, rows: [1, null], %s}"
+    file.write_text(f"tables: [{entry % table}]\nremarks: []\n")
+    with pytest.raises(ValueError, match="'alone' compares nothing"):
+        findings.read(file)
 
 
 def test_every_method_of_the_findings_is_there() -> None:

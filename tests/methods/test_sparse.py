@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import lowres
 from lowres.bridges import peft_tuner
 from lowres.core import registry
-from lowres.core.errors import InputError
+from lowres.core.errors import InputError, LowresError
 from lowres.memory.live import LiveBytes
 from lowres.methods import _entries
 from lowres.methods._sparse import PARTS, SparseDelta
@@ -390,7 +390,38 @@ def test_diff_pruning_keeps_the_largest_changes_with_open_gates(make: Callable[.
         delta.train()
         assert torch.equal(delta.gates(), (delta.change_oi != 0).float())
         delta.gates().sum().backward()
-        assert delta.log_alpha_oi.grad.count_nonzero() == 0
+        assert delta.shift_oi.grad.count_nonzero() == 0
+
+
+def test_a_gate_that_the_penalty_alone_pulls_at_closes(make: Callable[..., Built]) -> None:
+    """Behaviour, at the recommended rate and the default penalty: changes that stay 0 give gates no
+    other gradient. Without a rate of their own they would need a million updates."""
+    built = make("diff_pruning")
+    method: Any = registry.load("method", "diff_pruning")()
+    shifts = [d.shift_oi for d in deltas(built)]
+    optimizer = torch.optim.AdamW(shifts, lr=method.learning_rate_hint[0], weight_decay=0.0)
+    for _ in range(100):
+        optimizer.zero_grad()
+        method.penalty(built.model).backward()
+        optimizer.step()
+    for delta in deltas(built):
+        delta.eval()
+        assert float(delta.gates().max()) == 0
+
+
+@pytest.mark.parametrize("method", ["fish_mask", "sam_choice"])
+def test_nothing_is_chosen_without_a_gradient(method: str) -> None:
+    """Behaviour: by scores of 0 any places would do."""
+    part: Any = registry.load("method", method)(share=0.1)
+    with pytest.raises(LowresError, match="no gradient reaches"):
+        part.decide({"a": torch.zeros(100), "b": torch.zeros(100)})
+
+
+def test_diff_pruning_needs_two_updates(make: Callable[..., Built]) -> None:
+    """Behaviour: with one it would save all changes."""
+    built = make("diff_pruning")
+    with pytest.raises(InputError, match="at least two"):
+        registry.load("method", "diff_pruning")().before_update(built.model, 0, 1)
 
 
 def test_diff_pruning_trains_over_few_bits(recipe: Callable[..., Any], tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_a_part_waives_what_cannot_hold_for_it(
     assert go(one, tmp_path).outcome == "ok"
 
 
-@pytest.mark.parametrize(("spoiled", "stops"), [("log_alpha_oi", False), ("change_oi", True)])
+@pytest.mark.parametrize(("spoiled", "stops"), [("shift_oi", False), ("change_oi", True)])
 def test_a_method_may_let_some_of_its_parameters_rest(
     spoiled: str, stops: bool, recipe: Callable[..., Any], tmp_path: Path, before_update: Any
 ) -> None:
