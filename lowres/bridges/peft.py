@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,10 +81,12 @@ def linear_targets(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
     linear = [name for name in _linears(model) if _inside(name, blocks.names)]
     last = {name: name.rpartition(".")[2] for name in linear}
     if wanted == ALL_LINEAR:
+        _stop_at_experts(model, blocks, sorted(set(last.values())))
         chosen = linear
     else:
         names = _paper_targets(model) if wanted == PAPER_DEFAULT else wanted.split("+")
-        chosen = [n for n in linear if last[n] in names or any(n.endswith("." + w) for w in names)]
+        meant = lambda n: n in names or any(n.endswith("." + w) for w in names)
+        chosen = [n for n in linear if meant(n)]
         for name in names:
             if not any(n == name or n.endswith("." + name) for n in linear):
                 there = ", ".join(sorted(set(last.values())))
@@ -122,6 +125,32 @@ def linear_paths(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
     return [n for n in _linears(model) if any(n == f or n.endswith("." + f) for f in found)]
 
 
+def _stop_at_experts(model: nn.Module, blocks: Blocks, there: list[str]) -> None:
+    """Raise InputError where a block's experts are one tensor of all, and no linear layers."""
+    for path, parameter in model.named_parameters():
+        if parameter.ndim > 2 and "expert" in path and _inside(path, blocks.trained):
+            text = (
+                f"all-linear does not reach the experts ('{path}' is no linear layer); name the "
+                f"layers that are to be adapted: {'+'.join(there)}"
+            )
+            raise InputError("the recipe", [Problem("method.targets", text)])
+
+
+def set_magnitudes(model: nn.Module) -> None:
+    """Start DoRA's magnitudes from the norms of the weights in float32: PEFT 0.21 takes them in the
+    base's type and divides by norms in float32, so that over 16 bits the start is not the base."""
+    import torch
+
+    from lowres.bridges.unpacking import unpacked
+
+    for layer in model.modules():
+        for one in getattr(layer, "lora_magnitude_vector", {}).values():
+            weight = unpacked(layer.get_base_layer()).float()
+            turned = weight.T if layer.fan_in_fan_out else weight
+            norm = torch.linalg.vector_norm(turned, dim=1)
+            one.weight.data.copy_(norm.view_as(one.weight))
+
+
 def _paper_targets(model: nn.Module) -> Sequence[str]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
 
@@ -137,7 +166,10 @@ def _paper_targets(model: nn.Module) -> Sequence[str]:
                 )
             ],
         )
-    return list(TABLE[model_type])
+    known = TABLE[model_type]
+    if not isinstance(known, str):
+        return list(known)
+    return [n for n in _linears(model) if re.fullmatch(known, n)]
 
 
 def _linears(model: nn.Module) -> list[str]:

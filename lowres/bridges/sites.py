@@ -99,7 +99,7 @@ def feed_forwards(
         InputError: When a block has none that is known, or experts in its place.
     """
     return [
-        _feed_forward_of(name, _linears(model.get_submodule(name)))
+        _feed_forward_of(name, _linears(model.get_submodule(name)), _has_experts(model, name))
         for name in _blocks(blocks, trained_only)
     ]
 
@@ -198,8 +198,13 @@ def _one_of(siblings: dict[str, str], names: set[str]) -> str:
     return next((path for last, path in siblings.items() if last in names), "")
 
 
-def _feed_forward_of(block: str, linears: list[str]) -> FeedForward:
-    if any("expert" in name for name in linears):
+def _has_experts(model: nn.Module, block: str) -> bool:
+    """Of any make: linear layers for each, or one tensor of all."""
+    return any("expert" in path for path, _ in model.get_submodule(block).named_modules())
+
+
+def _feed_forward_of(block: str, linears: list[str], experts: bool) -> FeedForward:
+    if experts:
         raise _refused(f"{block} is a mixture of experts; use lora on the attention's layers")
     rest = [n for n in linears if not any(word in n.lower() for word in _ATTENTION)]
     last: Callable[[str], str] = lambda n: n.rpartition(".")[2]

@@ -10,11 +10,16 @@ Departs from the paper: every linear layer of the blocks, where the paper leaves
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowres.core.method import Taxonomy
 from lowres.core.parts import Circumstance, PositiveFloat, PositiveInt, part
 from lowres.methods._injected import Injected
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lowres.core.blocks import Blocks
 
 
 @part
@@ -44,6 +49,13 @@ class Dora(Injected):
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32
+
+    def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
+        from lowres.bridges import peft
+
+        adapted = super().apply(model, blocks)
+        peft.set_magnitudes(adapted)
+        return adapted
 
     def settings(self) -> Mapping[str, Any]:
         return {"r": self.rank, "lora_alpha": self.alpha, "use_dora": True}

@@ -28,8 +28,8 @@ class LnTuning(Method):
     """
 
     taxonomy: ClassVar[Taxonomy] = "selective"
-    # 3e-4 in Scaling Down to Scale Up (https://arxiv.org/abs/2303.15647) for T0; few parameters
-    # bear more.
+    # 3e-4 with T0-3B in the paper of (IA)^3 (https://arxiv.org/abs/2205.05638); few parameters bear
+    # more.
     learning_rate_hint: ClassVar[tuple[float, float]] = (3e-4, 1e-2)
     mergeable: ClassVar[bool] = True
 

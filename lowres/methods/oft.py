@@ -21,7 +21,9 @@ from lowres.methods._injected import Injected
 @part
 class Oft(Injected):
     """`y = W (R x)` with R block-diagonal, each block the Cayley transform of a trained
-    skew-symmetric matrix from 0: near orthogonal.
+    skew-symmetric matrix from 0. PEFT sums five terms of its inverse, so R is near orthogonal only
+    while it is near one: some hundred updates at the highest rate below take it away from that
+    (`boft` inverts exactly).
 
     Args:
         block_size: Of each block; it divides every layer's inputs.

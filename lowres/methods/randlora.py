@@ -18,9 +18,10 @@ from lowres.methods._injected import Injected
 
 @part
 class Randlora(Injected):
-    """`y = W x + (alpha / rank) sum_j B_j diag(l_j) A_j diag(g_j) x` over min(i, o) / rank products
-    with B_j and A_j frozen, random and shared by all layers; l from 0 and g are trained. The random
-    matrices are saved with the adapter; they hold max(i) max(o) numbers and more.
+    """`y = W x + (alpha / rank) sum_j B_j diag(l_j) A diag(g_j) x` over min(i, o) / rank products
+    with B_j and A frozen, random and shared by all layers; l from 0 and g from 1 / max(i, o) are
+    trained. Where o < i the sum is transposed, and g scales outputs. The random matrices are saved
+    with the adapter; they hold max(i) max(o) numbers and more.
 
     Args:
         rank: Of each product; a larger one means fewer products and fewer parameters.

@@ -42,6 +42,8 @@ class Road(Injected):
         return {"variant": self.variant, "group_size": self.group_size}
 
     def misfit(self, inputs: int, outputs: int) -> str | None:
+        if outputs % 2:
+            return f"it rotates pairs, and the {outputs} outputs are odd; leave the layer out"
         if self.group_size % 2 or outputs % self.group_size:
             return (
                 f"group_size {self.group_size} is odd or does not divide its {outputs} outputs; "

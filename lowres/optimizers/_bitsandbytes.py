@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lowres.core.parts import Optimizer, PositiveFloat, part
+from lowres.optimizers._decay import decays
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class BlockwiseAdamw(Optimizer):
         groups: dict[tuple[int, float], list[nn.Parameter]] = {}
         for name, parameter in parameters:
             bits = 32 if EMBEDDING.search(name) else 8
-            decay = self.weight_decay if parameter.ndim > 1 else 0.0
+            decay = self.weight_decay if decays(parameter) else 0.0
             groups.setdefault((bits, decay), []).append(parameter)
         return eight_bit_states.optimizer(
             self.variant,

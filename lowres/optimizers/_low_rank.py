@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lowres.optimizers._decay import decays
+
 
 class LowRank(torch.optim.Optimizer):
     """AdamW, but for groups with a `rank`, whose matrices subclasses update.
@@ -117,7 +119,7 @@ def groups_of(
     parts: dict[tuple[bool, bool], list[Any]] = {}
     for name, p in parameters:
         low = p.ndim == 2 and min(p.shape) > rank and embedding.search(name) is None
-        parts.setdefault((low, p.ndim > 1), []).append(p)
+        parts.setdefault((low, decays(p)), []).append(p)
     return [
         {"params": ps, "rank": rank if low else None, "weight_decay": weight_decay if wide else 0.0}
         for (low, wide), ps in parts.items()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lowres.core.parts import Optimizer, PositiveFloat, part
+from lowres.optimizers._decay import decays
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +53,8 @@ class Adafactor(Optimizer):
     def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         from lowres.bridges import adafactor
 
-        decayed = [p for _, p in parameters if p.ndim > 1]
-        plain = [p for _, p in parameters if p.ndim <= 1]
+        decayed = [p for _, p in parameters if decays(p)]
+        plain = [p for _, p in parameters if not decays(p)]
         made: torch.optim.Optimizer = adafactor.Adafactor(
             [
                 {"params": group, "weight_decay": decay}

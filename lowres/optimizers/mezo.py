@@ -18,6 +18,7 @@ from pydantic import Field
 
 from lowres.core.errors import InputError, Problem
 from lowres.core.parts import Circumstance, Guard, Optimizer, PositiveFloat, part
+from lowres.optimizers._decay import decays
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +67,8 @@ class Mezo(Optimizer):
     def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         import torch
 
-        decayed = [p for _, p in parameters if p.ndim > 1]
-        plain = [p for _, p in parameters if p.ndim <= 1]
+        decayed = [p for _, p in parameters if decays(p)]
+        plain = [p for _, p in parameters if not decays(p)]
         groups = [
             {"params": group, "weight_decay": decay}
             for group, decay in ((decayed, self.weight_decay), (plain, 0.0))

@@ -280,6 +280,52 @@ def test_a_shard_that_does_not_divide_the_inputs_merges_too() -> None:
     torch.testing.assert_close(logits(one.merge(adapted)), before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", ["llama", "gpt2"])
+def test_dora_starts_as_the_base_over_16_bits(make: str) -> None:
+    """Reference: norms of the rows in float32, and the base's logits, of which rounding of the
+    norms alone would change an eighth."""
+    base = {"llama": llama, "gpt2": gpt2}[make]().bfloat16()
+    before = logits(base)
+    adapted = adapt(copy.deepcopy(base), method("dora"))
+    looked_at = 0
+    for layer in adapted.modules():
+        for vector in getattr(layer, "lora_magnitude_vector", {}).values():
+            weight = layer.get_base_layer().weight.detach().float()
+            norm = (weight.T if layer.fan_in_fan_out else weight).norm(dim=1)
+            assert torch.allclose(vector.weight.flatten().float(), norm, rtol=1e-6)
+            looked_at += 1
+    assert looked_at
+    assert torch.allclose(logits(adapted), before, rtol=0, atol=1e-5)
+
+
+def test_all_linear_says_that_it_does_not_reach_fused_experts() -> None:
+    """Behaviour: with the layers that can be named; adapters name the mixture of experts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    blocks = map_blocks(model, [], True, False)
+    with pytest.raises(InputError, match=r"experts.*name the layers.*k_proj.*q_proj"):
+        method("rslora", rank=2).apply(copy.deepcopy(model), blocks)
+    method("rslora", rank=2, targets="q_proj+v_proj").apply(copy.deepcopy(model), blocks)
+    with pytest.raises(InputError, match="is a mixture of experts"):
+        method("houlsby").apply(model, blocks)
+
+
+def test_targets_that_peft_knows_by_a_pattern_are_matched(monkeypatch: Any) -> None:
+    """Behaviour: its table has one expression in place of names for some models."""
+    from peft.utils import constants
+
+    table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    monkeypatch.setitem(table, "llama", r".*self_attn\.(q|v)_proj")
+    model = llama()
+    paths = bridge.linear_targets(model, map_blocks(model, [], True, False), "paper")
+    assert paths and all(path.endswith(("q_proj", "v_proj")) for path in paths)
+
+
 def test_dora_starts_at_the_norms_of_the_rows() -> None:
     """Closed form: m = ||W|| over the inputs."""
     adapted = adapt(llama(), method("dora"))

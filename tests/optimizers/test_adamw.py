@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowres.core import registry
+from lowres.optimizers._decay import decays
 
 ADAMW = registry.load("optimizer", "adamw")
 
@@ -47,3 +48,21 @@ def test_its_states_are_two_tensors_a_parameter() -> None:
     optimizer.step()
     states = [v for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor)]
     assert sum(v.nbytes for v in states) == 2 * 40 * 4 + 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "decayed"),
+    [
+        ((4, 3), True),
+        ((4,), False),
+        ((), False),
+        ((4, 1), False),
+        ((1, 4), False),
+        ((2, 3, 1), True),
+    ],
+)
+def test_scales_are_not_decayed_however_they_are_held(
+    shape: tuple[int, ...], decayed: bool
+) -> None:
+    """Behaviour: those of (IA)^3 are columns, and 1 changes nothing there."""
+    assert decays(nn.Parameter(torch.ones(shape))) == decayed
