@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowres.bridges import left_locks
 from lowres.core.errors import Diverged, InputError, OutOfMemory, Problem
 
 if TYPE_CHECKING:
@@ -58,7 +59,11 @@ def settings_from(path: str) -> dict[str, Any]:
 def plugin(settings: Mapping[str, Any]) -> Any:
     """accelerate's plugin for these settings; starts a group of one process where none was
     launched, and answers accelerate's device checks where there is no GPU.
+
+    Raises:
+        LowresError: Where it would wait for a build that died.
     """
+    left_locks.stop_at_left_locks()
     _take_over(settings)
     _become_a_process()
     _allow_cpu()

@@ -34,8 +34,6 @@ class Loha(Injected):
     refuses: ClassVar[Mapping[Circumstance, str]] = {
         "nf4": "PEFT gives the change the shape of the stored weight, which in 4 bits is one "
         "packed column; use int8_weights, or lora",
-        "divided": "PEFT gives the change the shape of the stored weight, of which a process may "
-        "hold a part; use lora",
     }
     config: ClassVar[str] = "LoHaConfig"
 
