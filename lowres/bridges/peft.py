@@ -138,16 +138,28 @@ def _stop_at_experts(model: nn.Module, blocks: Blocks, there: list[str]) -> None
 
 def set_magnitudes(model: nn.Module) -> None:
     """Start DoRA's magnitudes from the norms of the weights in float32: PEFT 0.21 takes them in the
-    base's type and divides by norms in float32, so that over 16 bits the start is not the base."""
+    base's type and divides by norms in float32, so that over 16 bits the start is not the base.
+
+    Raises:
+        InputError: Where a row of a weight is all zeros, whose direction would be 0 / 0.
+    """
     import torch
+    from torch._subclasses.fake_tensor import is_fake
 
     from lowres.bridges.unpacking import unpacked
 
-    for layer in model.modules():
+    for path, layer in model.named_modules():
         for one in getattr(layer, "lora_magnitude_vector", {}).values():
             weight = unpacked(layer.get_base_layer()).float()
             turned = weight.T if layer.fan_in_fan_out else weight
             norm = torch.linalg.vector_norm(turned, dim=1)
+            if not is_fake(norm) and not norm.all():
+                row = int((norm == 0).nonzero()[0])
+                text = (
+                    f"row {row} of '{path}' is all zeros and has no direction to be kept; leave "
+                    "that layer out (method.targets), or use lora"
+                )
+                raise InputError("the recipe", [Problem("method", text)])
             one.weight.data.copy_(norm.view_as(one.weight))
 
 

@@ -4,7 +4,7 @@ Paper: DoRA: Weight-Decomposed Low-Rank Adaptation, Liu et al. 2024.
 https://arxiv.org/abs/2402.09353
 
 Departs from the paper: every linear layer of the blocks, where the paper leaves some out
-(the attention's output, the gate).
+(the attention's output, the gate); no dropout on what enters A.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Paper: Parameter-Efficient Transfer Learning for NLP, Houlsby et al. 2019.
 https://arxiv.org/abs/1902.00751
 
 Departs from the paper: the up-projection starts at zero instead of near it, so that the first
-outputs are exactly the model's; norms stay frozen.
+outputs are exactly the model's, and the down-projection from Kaiming's uniform distribution instead
+of a narrow normal one; norms stay frozen.
 """
 
 from __future__ import annotations

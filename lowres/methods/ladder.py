@@ -32,7 +32,8 @@ class Ladder(Adapter):
     the same kind of width d / reduction, pruned from it; the model's last output is `H_L + U h_L`.
 
     Nothing of the model is kept for backward but each H_l once. An encoder-decoder has a ladder
-    beside each of both, and the decoder's looks at the encoder's.
+    beside each of both, and the decoder's looks at the encoder's. Since backward leaves the model
+    out, another adapter that works in the same blocks changes the outputs but gets no gradient.
 
     Args:
         reduction: The side network has d / reduction features (8 at least), and so with heads and

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lowres.core.parts import Optimizer, PositiveFloat, part
-from lowres.optimizers._decay import decays
+from lowres.optimizers._decay import groups
 
 if TYPE_CHECKING:
     import torch
@@ -53,14 +53,8 @@ class Adafactor(Optimizer):
     def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         from lowres.bridges import adafactor
 
-        decayed = [p for _, p in parameters if decays(p)]
-        plain = [p for _, p in parameters if not decays(p)]
         made: torch.optim.Optimizer = adafactor.Adafactor(
-            [
-                {"params": group, "weight_decay": decay}
-                for group, decay in ((decayed, self.weight_decay), (plain, 0.0))
-                if group
-            ],
+            groups(parameters, self.weight_decay),
             lr=self.lr,
             eps=self.eps,
             clip_threshold=self.clip_threshold,

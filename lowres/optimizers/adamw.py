@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lowres.core.parts import Optimizer, PositiveFloat, part
-from lowres.optimizers._decay import decays
+from lowres.optimizers._decay import groups
 
 if TYPE_CHECKING:
     import torch
@@ -45,15 +45,8 @@ class Adamw(Optimizer):
     def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         import torch
 
-        decayed = [p for _, p in parameters if decays(p)]
-        plain = [p for _, p in parameters if not decays(p)]
-        groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in ((decayed, self.weight_decay), (plain, 0.0))
-            if group
-        ]
         return torch.optim.AdamW(
-            groups,
+            groups(parameters, self.weight_decay),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from lowres.core.errors import InputError, Problem
 from lowres.core.parts import Circumstance, Guard, Optimizer, PositiveFloat, part
-from lowres.optimizers._decay import decays
+from lowres.optimizers._decay import groups
 
 if TYPE_CHECKING:
     import torch
@@ -67,14 +67,7 @@ class Mezo(Optimizer):
     def make(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         import torch
 
-        decayed = [p for _, p in parameters if decays(p)]
-        plain = [p for _, p in parameters if not decays(p)]
-        groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in ((decayed, self.weight_decay), (plain, 0.0))
-            if group
-        ]
-        return torch.optim.SGD(groups, lr=self.lr, foreach=False)
+        return torch.optim.SGD(groups(parameters, self.weight_decay), lr=self.lr, foreach=False)
 
     def engine(
         self, accelerator: Accelerator, learner: Learner, optimizer: torch.optim.Optimizer

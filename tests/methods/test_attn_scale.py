@@ -197,3 +197,24 @@ def test_it_trains_beside_4_bits(recipe: Callable[..., Any], tmp_path: Path) -> 
     for name, parameter in built.model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_queries_that_lie_head_by_head_are_not_scaled_by_a_guess() -> None:
+    """Behaviour: GPTBigCode's fused matrix has all queries first with shared keys alone."""
+    import transformers as tf
+
+    def model(shared: bool) -> Any:
+        return tf.GPTBigCodeForCausalLM(
+            tf.GPTBigCodeConfig(
+                vocab_size=32, n_embd=WIDTH, n_layer=BLOCKS, n_head=HEADS, n_positions=16,
+                multi_query=shared,
+            )
+        )  # fmt: skip
+
+    apart = model(shared=False)
+    blocks = map_blocks(apart, [], True, False)
+    with pytest.raises(InputError, match=r"which rows of '.*c_attn' are queries is not known"):
+        METHOD(scales=("map",)).apply(apart, blocks)
+    adapted_shared = METHOD(scales=("map",)).apply(model(shared=True), blocks)
+    trained = sum(p.numel() for p in adapted_shared.parameters() if p.requires_grad)
+    assert trained == BLOCKS * HEADS

@@ -221,3 +221,16 @@ def test_it_trains_over_four_bits(kind: str, form: str, recipe: Callable[..., An
     one = recipe(kind, method=method, objective="label_words", levers=["nf4_weights"])
     built = all_move(one)
     assert any(isinstance(m, TokenIds) for m in built.model.modules())
+
+
+@pytest.mark.parametrize(("form", "rank"), [("embeddings", 128), ("kronecker", 20)])
+def test_each_form_has_the_papers_rank_unless_another_is_given(form: str, rank: int) -> None:
+    """Closed form: the inner width of either; the Kronecker form's outer matrix has rank^2 rows."""
+    model = plain("llama")
+    blocks = map_blocks(model, [], True, False)
+    out = registry.load("method", "aot_p_tuning")(form=form).apply(model, blocks)
+    found = [m for m in out.modules() if isinstance(m, TokenRows)]
+    assert len(found) == len(blocks.trained)
+    for delta in found:
+        rows = delta.inner.out_features if form == "embeddings" else delta.right.shape[0] ** 0.5
+        assert rows == rank

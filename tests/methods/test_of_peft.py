@@ -298,6 +298,14 @@ def test_dora_starts_as_the_base_over_16_bits(make: str) -> None:
     assert torch.allclose(logits(adapted), before, rtol=0, atol=1e-5)
 
 
+def test_dora_refuses_a_row_without_a_direction() -> None:
+    """Behaviour: of zeros, whose first output would be 0 / 0."""
+    base = llama()
+    base.model.layers[1].self_attn.v_proj.weight.data[3] = 0
+    with pytest.raises(InputError, match=r"row 3 of '.*1\.self_attn\.v_proj' is all zeros"):
+        adapt(base, method("dora"))
+
+
 def test_all_linear_says_that_it_does_not_reach_fused_experts() -> None:
     """Behaviour: with the layers that can be named; adapters name the mixture of experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
