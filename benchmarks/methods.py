@@ -129,14 +129,13 @@ def write_model(folder: Path) -> Path:
 
 def recipe(model: Path, method: str) -> Any:
     """Three updates of full rows; of AdamW, one micro-batch an update."""
-    fields = registry.load("method", method).sample_fields
     return load_recipe({
         "model": {"checkpoint": str(model)},
         "task": {
             "name": "text", "files": [str(ROOT / "docs" / "planning.md")], "eval_examples": 1,
             "valid_files": [str(ROOT / "docs" / "adding.md")],
         },
-        "method": {"name": method, **fields},
+        "method": {"name": method},
         "objective": "next_token",
         "optimizer": {"name": "adamw", "lr": 1e-3},
         "loop": {

@@ -116,7 +116,7 @@ def _counts(cls: Any, name: str, model: str, overrides: list[str]) -> dict[str, 
     from lowres.run.counts import counts
     from lowres.run.starting import starting_recipe
 
-    raw = starting_recipe(model) | {"method": {"name": name, **cls.sample_fields}}
+    raw = starting_recipe(model) | {"method": {"name": name}}
     recipe = load_recipe(raw, overrides)
     found = counts(recipe.method, config_of(model), recipe.freezing)
     return {"of": model, "trainable": found.trainable, "model": found.model, "share": found.share}

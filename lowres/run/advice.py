@@ -206,13 +206,11 @@ def _plan(ranked: Sequence[Advice], start: dict[str, Any], device: Device) -> No
     """Fill in what fits, first to last, with as few levers as will do, while time allows."""
     card, started = devices.card(device, None), time.monotonic()
     for one in ranked:
-        cls: Any = registry.load("method", one.method)
-        method = {"name": one.method, **cls.sample_fields}
         if one.score is None or time.monotonic() - started > PLANNING_SECONDS:
             one.unknown.append(f"whether it fits: lowres plan --model M --set method={one.method}")
             continue
         for levers in LEVERS:
-            raw = start | {"method": method, "levers": [{"name": n} for n in levers]}
+            raw = start | {"method": {"name": one.method}, "levers": [{"name": n} for n in levers]}
             try:
                 recipe = load_recipe(raw)
                 trace = _trace(recipe, device)

@@ -57,8 +57,7 @@ def combinations(start: dict[str, Any], blocks: int, stage: int = 0) -> Iterator
     """
     methods = [
         *LORA,
-        *({"name": name, **registry.load("method", name).sample_fields}
-          for name in registry.names("method") if name != "lora" and _searched("method", name)),
+        *({"name": n} for n in registry.names("method") if n != "lora" and _searched("method", n)),
     ]  # fmt: skip
     freezings: list[Any] = [{"name": "none"}]
     if blocks > 1:

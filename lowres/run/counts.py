@@ -13,6 +13,7 @@ from lowres.bridges import kinds, peft, rehearsal
 from lowres.bridges.bitsandbytes import element_count
 from lowres.bridges.blocks import map_blocks
 from lowres.core.blocks import Blocks
+from lowres.core.choosing import Choosing
 from lowres.core.learner import Head, Kind, Learner, LoadRequest
 from lowres.core.method import Method
 from lowres.core.parts import Freezing
@@ -71,7 +72,11 @@ def counts(method: Method, config: Any, freezing: Freezing | None = None) -> Cou
         model, fresh = rehearsal.load_shapes(request, copy.deepcopy(config), 0, 0)
         held = sum(element_count(p) for p in model.parameters())
         learner = Learner(model, model, None, kind, head, map_blocks(model, fresh, False, False))
-        adapted = method.apply(model, _chosen(freezing, learner))
+        blocks = _chosen(freezing, learner)
+        if isinstance(method, Choosing):
+            adapted = method.put(model, blocks, method.expected(model, blocks))
+        else:
+            adapted = method.apply(model, blocks)
         trained = sum(element_count(p) for p in adapted.parameters() if p.requires_grad)
     return Counts(trained, held)
 

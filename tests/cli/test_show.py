@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lowres.core import registry
+from lowres.core.errors import InputError
 from lowres.core.method import Taxonomy
 from tests.cli.test_cli import lowres
 
@@ -76,6 +77,24 @@ def test_a_method_is_counted_on_a_model(command: Callable[..., Any]) -> None:
     assert f"{told['trainable']:,}" in command(
         "show", "method", "lora", "--model", TINY, "--set", "method.rank=4"
     ).stdout  # fmt: skip
+
+
+@pytest.mark.parametrize("name", registry.names("method"))
+def test_what_is_counted_is_the_method_as_a_recipe_has_it(name: str) -> None:
+    """Reference: the method with its own defaults, and not those that the tests give it."""
+    from typer.testing import CliRunner
+
+    from lowres.cli.show import app
+    from lowres.run.assumed import config_of
+    from lowres.run.counts import trainable_count
+
+    done = CliRunner().invoke(app, ["method", name, "--model", TINY, "--json"])
+    try:
+        wanted = trainable_count(registry.load("method", name)(), config_of(TINY))
+    except InputError as error:
+        assert str(done.exception) == str(error)
+    else:
+        assert json.loads(done.stdout)["counts"]["trainable"] == wanted
 
 
 @pytest.mark.parametrize(

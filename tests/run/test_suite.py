@@ -10,6 +10,7 @@ import yaml
 
 from lowres.core import registry
 from lowres.core.errors import InputError
+from lowres.core.reading import load_recipe
 from lowres.run import suite as suite_module
 
 
@@ -69,6 +70,21 @@ def test_a_cut_leaves_whole_comparisons(
     assert len(ran) - len(finals) == 2 * len(names) * 2
     first = ran.index(finals[0])
     assert all(folder == "several-a" for folder, _ in ran[:first])
+
+
+def test_methods_are_compared_with_their_own_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Closed form: recipes of all methods, field by field."""
+    recipe = Path(__file__).parents[2] / "recipes" / "cola" / "minilm-lora-cpu.yaml"
+    (tmp_path / "cola.yaml").symlink_to(recipe)
+    monkeypatch.chdir(tmp_path)
+    methods = {"recipe": "cola.yaml", "tasks": {"a": []}}
+    loaded = suite_module.load(written(tmp_path, methods=methods))
+    ((_, _, entries),) = suite_module._groups(loaded, lambda _: None)
+    assert entries.keys() == set(registry.names("method"))
+    for name, (file, changes) in entries.items():
+        assert load_recipe(file, changes).method == registry.load("method", name)()
 
 
 def test_recipes_or_methods(tmp_path: Path) -> None:
