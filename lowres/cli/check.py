@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -24,6 +25,7 @@ def command(
     """Check recipes and show every problem of each. Exit 2 when there is one."""
     from lowres.core.compatibility import Table, told
     from lowres.core.errors import InputError
+    from lowres.core.nearest import nearest
     from lowres.core.reading import load_recipe
 
     wrong, table = False, Table.read()
@@ -32,6 +34,8 @@ def command(
             recipe = load_recipe(path, overrides or [])
         except InputError as error:
             typer.echo(f"lowres: {error}", err=True)
+            for change in nearest(path, overrides or [], table):
+                typer.echo(f"  nearest that works: --set {shlex.quote(change)}", err=True)
             wrong = True
         else:
             typer.echo(f"{path}: ok (digest {recipe.digest}); {told(recipe, table)}")

@@ -104,7 +104,13 @@ class Table:
 def told(recipe: Recipe, table: Table) -> str:
     """In one line what the table says of a recipe."""
     found = table.of(recipe)
-    broken = [f"{key} fails: {c.reason}" for key, c in found if c and c.outcome == "fails"]
+    # What is refused by its fields is refused before; here it was the model that did not suit.
+    ends = {"fails": "fails", "refused": "was refused on"}
+    broken = [
+        f"{key} {ends[c.outcome]}{f' {c.model}' if c.outcome == 'refused' else ''}: {c.reason}"
+        for key, c in found
+        if c is not None and c.outcome != "works"
+    ]
     if broken:
         return "; ".join(broken)
     unknown = [key for key, cell in found if cell is None]

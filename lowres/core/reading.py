@@ -32,8 +32,24 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         InputError: With every problem found.
     """
+    return _reader(source, overrides).recipe()
+
+
+def raw_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The keys as they would stand in a file with the overrides in it, not looked at any further.
+
+    Raises:
+        InputError: For a file that cannot be read as keys, or an override that fits none of them.
+    """
+    reader = _reader(source, overrides)
+    reader.override()
+    reader.stop_at_problems()
+    return reader.raw
+
+
+def _reader(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> _Reader:
     if isinstance(source, Mapping):
-        return _Reader(copy.deepcopy(dict(source)), {}, None, overrides).recipe()
+        return _Reader(copy.deepcopy(dict(source)), {}, None, overrides)
     path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -53,7 +69,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         raise InputError(
             f"'{path}'", ["it holds no keys; see recipes/quickstart.yaml for the form"]
         )
-    return _Reader(raw, dict(_lines(node)), str(path), overrides).recipe()
+    return _Reader(raw, dict(_lines(node)), str(path), overrides)
 
 
 class _Yaml(yaml.SafeLoader):
@@ -108,9 +124,12 @@ class _Reader:
         self.raw, self.lines, self.source, self.overrides = raw, lines, source, tuple(overrides)
         self.problems: list[Problem] = []
 
-    def recipe(self) -> Recipe:
+    def override(self) -> None:
         for override in self.overrides:
             self._override(override)
+
+    def recipe(self) -> Recipe:
+        self.override()
         for key in self.raw:
             if key not in KEYS:
                 self._add(str(key), f"is not a key{registry.did_you_mean(key, KEYS)}")
@@ -123,10 +142,10 @@ class _Reader:
         if isinstance(read.get("loop"), Loop):
             for problem in read["loop"].problems():
                 self._add(problem.where, problem.text)
-        self._stop_at_problems()
+        self.stop_at_problems()
         recipe = Recipe(**read, source=self.source, overrides=self.overrides, lines=self.lines)
         self._let_parts_check(recipe)
-        self._stop_at_problems()
+        self.stop_at_problems()
         return recipe
 
     def _read(self, key: str, value: Any) -> Any:
@@ -238,6 +257,6 @@ class _Reader:
     def _add(self, where: str, text: str) -> None:
         self.problems.append(Problem(where, text, line_of(self.lines, where)))
 
-    def _stop_at_problems(self) -> None:
+    def stop_at_problems(self) -> None:
         if self.problems:
             raise InputError(self.source or "the recipe", self.problems)

@@ -56,6 +56,15 @@ class SequencePacking(Lever):
                 f"max_tokens {self.max_tokens} is less than one row may have; raise it to "
                 f"loop.max_length {recipe.loop.max_length} or more"
             )
+        most = recipe.loop.micro_batch_size * recipe.loop.max_length
+        parts = (recipe.optimizer, *recipe.levers)
+        one_pass = next((p.name for p in parts if "in_backward" in p.brings), None)
+        if self.max_tokens is not None and self.max_tokens < most and one_pass:
+            yield (
+                f"max_tokens {self.max_tokens} cuts a micro-batch of up to {most} tokens into "
+                f"several, and '{one_pass}' updates in the backward pass of one; set max_tokens to "
+                "null, or lower loop.micro_batch_size and loop.global_batch_size"
+            )
         if recipe.model.trust_remote_code:
             yield (
                 "code that comes with a checkpoint need not keep packed rows apart; set "

@@ -40,6 +40,8 @@ class Apollo(Optimizer):
     """
 
     refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {
+        "on_host": "draws its projections where it updates, and a host draws others than a GPU, so "
+        "the run would be another one; its states are small where they are: drop the lever",
         "divided": "looks at matrices, and DeepSpeed lays parameters into one vector; use adamw "
         "with this lever",
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lowres.core.parts import Guard, Optimizer, PositiveFloat, part
+from lowres.core.parts import Circumstance, Guard, Optimizer, PositiveFloat, part
 from lowres.optimizers._decay import groups
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Lomo(Optimizer):
         weight_decay: Of matrices; biases and norm weights are not decayed.
     """
 
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"in_backward"})
     waives: ClassVar[frozenset[Guard]] = frozenset({"gradients"})
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-2}
     refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {

@@ -150,7 +150,7 @@ def host_fits(recipe: Recipe, needed_bytes: int, device: Device | None) -> bool 
     budget = recipe.budget.host_gib
     if budget is not None:
         return needed_bytes <= gib_to_bytes(budget)
-    if device is not None and device.kind == "cpu":
+    if device is not None and (device.kind == "cpu" or device.uuid is not None):  # of this machine
         return needed_bytes <= psutil.virtual_memory().total
     return None
 

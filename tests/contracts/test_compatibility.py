@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from benchmarks.compatibility import PAGE, page
 from lowres.core.compatibility import Combination, Table, told
 from lowres.core.errors import LowresError
+from lowres.core.nearest import nearest
 from lowres.core.reading import load_recipe
 from lowres.run import compatibility
 
@@ -151,3 +154,49 @@ def test_a_recipe_is_looked_up_whole_or_in_parts(raw_recipe: Any) -> None:
     table.cells["lora + nf4_weights"].outcome = "fails"
     table.cells["lora + nf4_weights"].reason = "for a reason"
     assert "fails: for a reason" in told(one, table)
+    table.cells["lora + nf4_weights"].outcome = "refused"
+    assert "was refused on" in told(one, table) and "for a reason" in told(one, table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (["method=full", "levers=[nf4_weights]"], ["levers=[]", "method=lora"]),
+        (["levers=[gradient_checkpointing, nf4_weights, bf16_weights]"],
+         ["levers=[gradient_checkpointing, nf4_weights]"]),
+        (["levers=[{name: bf16_weights}, int8_weights, nf4_weights]"],
+         ['levers=[{"name": "bf16_weights"}]']),
+        (["levers=[nf4_weights]", "loop.epoch=1"], []),
+    ],
+)  # fmt: skip
+def test_the_nearest_that_works_is_named(
+    changes: list[str], wanted: list[str], tmp_path: Path
+) -> None:
+    """Behaviour: by `lowres check`; each of what is named is accepted in turn, and the table has no
+    word against it. Where no such change helps none is named."""
+    from typer.testing import CliRunner
+
+    from lowres.cli.check import app
+
+    recipe = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    told_to = lambda words: [recipe, *(part for word in words for part in ("--set", word))]
+    done = CliRunner().invoke(app, told_to(changes))
+    assert done.exit_code == 2
+    lines = done.output.splitlines()
+    named = [shlex.split(one)[-1] for one in lines if "nearest that works" in one]
+    assert named == wanted
+    for change in named:
+        again = CliRunner().invoke(app, told_to([*changes, change]))
+        assert again.exit_code == 0 and "ok" in again.output, again.output
+
+
+def test_a_cell_that_does_not_work_is_not_the_nearest() -> None:
+    """Behaviour: what the table says goes before what the parts say."""
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    table = Table(cells=dict(Table.read().cells))
+    changes = ["method=full", "levers=[nf4_weights, gradient_checkpointing]"]
+    assert nearest(recipe, changes, table) == ["levers=[gradient_checkpointing]", "method=lora"]
+    works = table.cells["lora + nf4_weights + gradient_checkpointing"]
+    broken = dataclasses.replace(works, outcome="fails")
+    table.cells["lora + nf4_weights + gradient_checkpointing"] = broken
+    assert nearest(recipe, changes, table) == ["levers=[gradient_checkpointing]", "method=bitfit"]

@@ -234,6 +234,24 @@ def test_packing_refuses_where_rows_would_touch(
     assert BUCKETING in text or "raise it" in text
 
 
+@pytest.mark.parametrize("by", ["a lever", "an optimizer"])
+def test_packing_refuses_to_cut_where_an_update_is_one_pass(
+    by: str, recipe: Callable[..., Any], answers: Any
+) -> None:
+    """Behaviour: two rows of up to 32 tokens in one of up to 32 are refused, in one of up to 64
+    they are not."""
+    loop = {"max_length": 32, "micro_batch_size": 2, "global_batch_size": 2, "max_grad_norm": None}
+    more = ["optimizer_in_backward"] if by == "a lever" else []
+    rule: dict[str, Any] = {} if more else {"optimizer": {"name": "lomo", "lr": 0.1}}
+    changes = {**answers, **rule, "loop": answers.get("loop", {}) | loop}
+    make = lambda cap: recipe(
+        "decoder", levers=[{"name": PACKING, "max_tokens": cap}, *more], **changes
+    )
+    with pytest.raises(InputError, match="updates in the backward pass of one"):
+        make(32)
+    make(64)
+
+
 @pytest.mark.parametrize(
     "config, changes, reason",
     [

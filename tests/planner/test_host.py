@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 
 from lowres.memory import device as devices
-from lowres.run.plan import plan
+from lowres.run.plan import host_fits, plan
 
 LEVER = [{"name": "optimizer_offload"}]
 CARD = devices.generic(8.0)
@@ -60,3 +62,17 @@ def test_in_the_backward_pass_neither_gradients_nor_states_are_on_the_device(
         assert "optimizer states" not in found.phases["steady_steps"].categories
     first, second = ({n: (p.live_bytes, p.host_bytes) for n, p in f.phases.items()} for f in plans)
     assert first == second
+
+
+def test_host_memory_is_compared_where_the_card_is_in_this_machine(
+    planned_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: of a card named in a plan nothing is known about its host; one that was found here
+    is beside this machine's memory, which may be too small."""
+    recipe = planned_recipe(levers=LEVER)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=2**20))
+    assert host_fits(recipe, 2**21, CARD) is None
+    here = dataclasses.replace(CARD, uuid="GPU-0")
+    assert host_fits(recipe, 2**21, here) is False
+    assert host_fits(recipe, 2**19, here) is True
