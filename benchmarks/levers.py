@@ -136,7 +136,7 @@ def table(record: dict[str, Any]) -> str:
     for name, row in record["levers"].items():
         saved = row["before"] - row["after"]
         against = [
-            other for other in record["levers"]
+            other for other in registry.names("lever")
             if other != name and cells[f"lora + {name} + {other}"].outcome != "works"
         ]  # fmt: skip
         low, high = row["ratios"][0], row["ratios"][-1]

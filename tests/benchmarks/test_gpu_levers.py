@@ -14,7 +14,9 @@ from benchmarks.gpu.boundaries import foresee
 from benchmarks.gpu.lever_recipes import LeverCase
 from lowres.core import registry
 from lowres.core.example import IGNORED
+from lowres.core.paths import data_folder
 from lowres.core.record import from_file
+from lowres.memory import device as devices
 
 NAME = "decoder-parity-lora-sequence_packing"
 
@@ -135,6 +137,40 @@ def test_a_card_stands_for_the_machine_at_hand(tmp_path: Path) -> None:
     found = foresee(changed, tmp_path / "decoder", None, None)
     assert found.plan is not None and found.plan.card is not None
     assert found.plan.card.name == "4 GiB card" and found.plan.fits
+
+
+TARGETS = [case for case in every(small=False) if case.card is not None]
+
+
+def test_every_target_names_a_card() -> None:
+    """Closed form: 4-bit LoRA in 8 GiB (2,048 and 3,000 tokens) and in 4 GiB, full in 24 GiB."""
+    assert {c.name.partition("-target-")[2] for c in TARGETS} == {
+        "qlora-2048-8gib", "qlora-3000-8gib", "qlora-3000-offload-8gib", "qlora-2048-4gib",
+        "full-offload-2048-24gib", "full-lomo-2048-24gib",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TARGETS, ids=lambda case: case.name)
+def test_a_target_is_planned_to_fit_its_card(case: LeverCase) -> None:
+    """Behaviour: at the full shape of 8B, on the card's own capacity, with nothing unknown."""
+    found = foresee(case, data_folder() / "configs" / case.model, None, None).plan
+    assert found is not None and found.card is not None
+    assert found.fits and not found.unknown
+    assert found.card.available_bytes + found.card.context_bytes <= 24 * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [c for c in every(small=False) if c.group == "ladder" and c.raw["budget"]["device_gib"]],
+    ids=lambda case: case.name,
+)
+def test_a_capped_rung_is_planned_to_fit_its_cap(case: LeverCase) -> None:
+    """Behaviour: so that a run on a card proves the plan, and is not refused by it."""
+    device = devices.load("h200")
+    found = foresee(case, data_folder() / "configs" / case.model, device, None).plan
+    assert found is not None and found.fits
 
 
 def _record(name: str, **suite: Any) -> dict[str, Any]:
