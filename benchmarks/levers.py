@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import statistics
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +54,9 @@ WHERE: dict[str, dict[str, Any]] = {
     "optimizer_in_backward": FULL | SMALL,
     "optimizer_offload": FULL,
     "sequence_packing": UNEVEN,
+    "zero": FULL | {"fields": {"offload_optimizer": "cpu"}},
 }
 """What the recipe with and the one without share, where that is not the usual one."""
-
-
-def measurable() -> list[str]:
-    """Levers that a process may pull and let go again."""
-    loaded: dict[str, Any] = {n: registry.load("lever", n) for n in registry.names("lever")}
-    return [name for name, lever in loaded.items() if not lever.whole_process]
 
 
 def recipe(name: str, levers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -88,6 +86,17 @@ def of_updates(planned: MemoryPlan) -> int:
     return max(planned.phases[p].live_bytes for p in STEPS)
 
 
+def runs_of(name: str, raws: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """What is measured of recipes, one after the other; each in a process of its own where the
+    lever changes its process for good."""
+    lever: Any = registry.load("lever", name)
+    if not lever.whole_process:
+        return [measured(raw) for raw in raws]
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
+        return list(pool.map(measured, raws))
+
+
 def measured(raw: dict[str, Any]) -> tuple[int, float]:
     """Peak of live bytes over the updates, and the median seconds of an update."""
     with tempfile.TemporaryDirectory() as folder:
@@ -100,27 +109,36 @@ def measured(raw: dict[str, Any]) -> tuple[int, float]:
     return peak, record.measured.step_time.p50_seconds
 
 
+def pair(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe without a lever, and with it."""
+    lever: Any = registry.load("lever", name)
+    fields = lever.sample_fields | WHERE.get(name, {}).get("fields", {})
+    return recipe(name, []), recipe(name, [{"name": name, **fields}])
+
+
+def foreseen(name: str) -> int:
+    """What a lever is planned to save at the peak of the updates, in bytes."""
+    without, pulled = (load_recipe(raw) for raw in pair(name))
+    cpu = devices.load("cpu")
+    planned = plan(without, cpu)
+    if "fields" in WHERE.get(name, {}) or planned.peak_phase not in STEPS:
+        # The ladder weighs the whole run and the lever's defaults; here the updates are compared.
+        return of_updates(planned) - of_updates(plan(pulled, cpu))
+    (line,) = ladder(without, cpu, planned, f"lever {name}")
+    assert line.saved_bytes is not None, line.problem
+    return line.saved_bytes
+
+
 def one(name: str, n: int) -> dict[str, Any]:
     """A lever's row."""
-    lever: Any = registry.load("lever", name)
-    without = recipe(name, [])
-    fields = WHERE.get(name, {}).get("fields", {})
-    pulled = recipe(name, [{"name": name, **lever.sample_fields, **fields}])
-    cpu, base = devices.load("cpu"), load_recipe(without)
-    planned = plan(base, cpu)
-    if fields or planned.peak_phase not in STEPS:
-        # The ladder weighs the whole run and the lever's defaults; here the updates are compared.
-        saved = of_updates(planned) - of_updates(plan(load_recipe(pulled), cpu))
-    else:
-        (line,) = ladder(base, cpu, planned, f"lever {name}")
-        assert line.saved_bytes is not None, line.problem
-        saved = line.saved_bytes
-    runs = [(measured(without), measured(pulled)) for _ in range(n)]
+    done = runs_of(name, list(pair(name)) * n)
+    runs = list(zip(done[::2], done[1::2], strict=True))
     (before, after) = (runs[0][0][0], runs[0][1][0])
     assert all((a[0], b[0]) == (before, after) for a, b in runs), "live bytes differ between runs"
     ratios = [b[1] / a[1] for a, b in runs]
+    lever: Any = registry.load("lever", name)
     return {
-        "effect": lever.effect, "before": before, "after": after, "planned": saved,
+        "effect": lever.effect, "before": before, "after": after, "planned": foreseen(name),
         "ratio": statistics.median(ratios), "ratios": sorted(ratios), "n": n,
     }  # fmt: skip
 
@@ -176,7 +194,7 @@ def main() -> None:
     if RECORD.exists():
         record = json.loads(RECORD.read_text(encoding="utf-8"))
     record["environment"] = surroundings() | {"cpu": environment.processor()}
-    for name in measurable():
+    for name in registry.names("lever"):
         if arguments.only not in ("", name):
             continue
         record["levers"][name] = one(name, arguments.n)
