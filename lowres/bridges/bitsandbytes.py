@@ -26,6 +26,11 @@ finally:
 if TYPE_CHECKING:
     from lowres.core.learner import LoadRequest
 
+_BLOCK, _BLOCK_OF_SCALES = 64, 256
+"""Weights to a scale, and scales to a scale of theirs: `bitsandbytes.functional.quantize_4bit`."""
+_CODES_4BIT, _CODES_8BIT = 16, 256
+"""Entries of the code books, in float32."""
+
 
 def quantization_config(
     bits: Literal[4, 8],
@@ -253,6 +258,21 @@ def quantisation_state(place: nn.Module | nn.Parameter) -> list[torch.Tensor]:
         if state.nested:
             held += [state.offset, state.state2.absmax, state.state2.code]
     return [tensor for tensor in held if tensor is not None]
+
+
+def asked_bytes(layer: Any, config: Any) -> int:
+    """What a linear layer takes when it is packed as a `BitsAndBytesConfig` asks, scales and code
+    books included.
+    """
+    weight = layer.weight
+    count = element_count(weight)
+    if config.load_in_8bit:
+        return count + 4 * int(weight.shape[0])
+    blocks = -(-count // _BLOCK)
+    packed = -(-count // 2) + 4 * _CODES_4BIT
+    if not config.bnb_4bit_use_double_quant:
+        return packed + 4 * blocks
+    return packed + blocks + 4 * -(-blocks // _BLOCK_OF_SCALES) + 4 * _CODES_8BIT + 4
 
 
 def quantisation_states(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,15 +151,6 @@ def whole(parameter: nn.Parameter) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
         yield
-
-
-def on_gradient(parameter: Any, call: Callable[[torch.Tensor], None]) -> Callable[[], None]:
-    """Have a parameter's gradients told as they come, before they are taken away.
-
-    Returns:
-        Ends it.
-    """
-    return parameter.register_hook(call).remove
 
 
 class ZeroUpdates:

@@ -196,17 +196,22 @@ def _inside(name: str, modules: Any) -> bool:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:
-    """The model with a saved adapter beside its weights, frozen; lowres's own kinds are known."""
+    """The model with a saved adapter beside its weights, frozen; lowres's own kinds are known.
+
+    Raises:
+        InputError: When a tensor of the adapter is missing in the folder, or one too many.
+    """
     import peft
 
-    from lowres.bridges import prompts
+    from lowres.bridges import adapter_files, prompts
     from lowres.bridges.peft_configs import keep_types
 
     preload()
-    prompted = prompts.load(model, folder)
-    if prompted is not None:
-        return prompted
-    adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    with adapter_files.all_found(folder):
+        prompted = prompts.load(model, folder)
+        if prompted is not None:
+            return prompted
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
     keep_types(adapted)
     return adapted
 

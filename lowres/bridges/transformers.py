@@ -270,3 +270,12 @@ def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     with _quiet():
         inner.save_pretrained(folder, **adapter)
     tokenizer.save_pretrained(folder)
+
+
+def as_written(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a whole model under the names that `save` writes; all names of tied ones."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    inner: Any = model
+    named: dict[str, torch.Tensor] = revert_weight_conversion(inner, inner.state_dict())
+    return named

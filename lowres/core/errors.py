@@ -5,6 +5,7 @@ LowresError            1   the run failed
 |-- DoesNotFit         3   the plan exceeds the budget
 |-- OutOfMemory        1   memory ran out and no smaller micro-batch was left
 |-- Diverged           1   the loss or a gradient is no longer finite
+|-- GuardFailed        1   training is other than the recipe says
 |-- OutOfTime          1   `budget.minutes` is used up; a checkpoint was written
 `-- Interrupted      130   Ctrl-C; a checkpoint was written
 """
@@ -81,6 +82,10 @@ class Diverged(LowresError):
     outcome = "diverged"
 
 
+class GuardFailed(LowresError):
+    """A check found training to be other than what the recipe says: `run/guards.py`."""
+
+
 class OutOfTime(LowresError):
     """The time budget is used up."""
 
@@ -91,3 +96,12 @@ class Interrupted(LowresError):
     """The user stopped the run."""
 
     exit_code = 130
+
+
+_SHOWN = 5
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of some names, for a message."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

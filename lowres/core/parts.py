@@ -73,8 +73,7 @@ class Part:
     """Values for fields without a default, and for those whose default is too large for the models
     of the tests. For tests alone: what is told or measured of a part is told of its defaults."""
     waives: ClassVar[frozenset[Guard]] = frozenset()
-    """Guards that do not hold by what the part is: `gradients` of one that makes none or lets them
-    die within the backward pass."""
+    """Guards that do not hold by what the part is: `gradients` of one that makes none."""
 
     brings: ClassVar[frozenset[Circumstance]] = frozenset()
 

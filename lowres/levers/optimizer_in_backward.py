@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lowres.core.parts import Circumstance, Guard, Lever, part
+from lowres.core.parts import Circumstance, Lever, part
 
 if TYPE_CHECKING:
     from lowres.core.engine import Engine
@@ -29,7 +29,6 @@ class OptimizerInBackward(Lever):
 
     brings: ClassVar[frozenset[Circumstance]] = frozenset({"in_backward"})
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
-    waives: ClassVar[frozenset[Guard]] = frozenset({"gradients"})
     sample_recipe: ClassVar[Mapping[str, Any]] = {
         "loop": {"micro_batch_size": 8, "max_grad_norm": None}
     }

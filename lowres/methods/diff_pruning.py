@@ -51,6 +51,8 @@ class DiffPruning(Adapter):
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-5, 5e-5)
     mergeable: ClassVar[bool] = True
     draws: ClassVar[bool] = True
+    # At the default rate two updates close every gate, and nothing would be left to be merged.
+    sample_fields: ClassVar[Mapping[str, Any]] = {"gate_rate": 1.0}
     # A gate that is surely open gets next to nothing from the data while its weight is zero.
     may_rest: ClassVar[str | None] = "shift_oi"
     refuses: ClassVar[Mapping[Circumstance, str]] = {

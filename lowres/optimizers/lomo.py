@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lowres.core.parts import Circumstance, Guard, Optimizer, PositiveFloat, part
+from lowres.core.parts import Circumstance, Optimizer, PositiveFloat, part
 from lowres.optimizers._decay import groups
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ class Lomo(Optimizer):
     """
 
     brings: ClassVar[frozenset[Circumstance]] = frozenset({"in_backward"})
-    waives: ClassVar[frozenset[Guard]] = frozenset({"gradients"})
     sample_fields: ClassVar[Mapping[str, Any]] = {"lr": 1e-2}
     refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {
         "in_backward": "updates in the backward pass by itself; drop the lever",

@@ -19,10 +19,24 @@ def checksum(tensor: torch.Tensor) -> int:
     return total % (1 << 64)
 
 
-def sampled(tensor: torch.Tensor) -> int:
-    """The same over some thousand elements."""
+def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
+    """A sum over all bytes, eight read as one integer, and `checksum` of some thousand elements.
+
+    The first sees any one change for one reading of the tensor, without a copy; the second sees
+    some of those that the first adds up to nothing, such as two elements exchanged.
+    """
     bits = _bits(tensor)
-    return checksum(bits[:: max(1, bits.numel() // _SAMPLE)])
+    sample = checksum(bits[:: max(1, bits.numel() // _SAMPLE)])
+    if bits.dtype == torch.bool:
+        bits = bits.view(torch.uint8)
+    each = 8 // bits.element_size()
+    whole = bits[: bits.numel() // each * each]
+    # A part of a larger buffer may begin where no integer of 8 bytes can be read.
+    aligned = whole.storage_offset() % each == 0
+    parts = [whole] if aligned else (part.clone() for part in torch.split(whole, _CHUNK))
+    total = sum(int(part.view(torch.int64).sum()) for part in parts)
+    total += int(bits[whole.numel() :].sum(dtype=torch.int64))
+    return total % (1 << 64), sample
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -108,8 +108,8 @@ def execute(
             started=started, evaluate=score, resume=resumed, rotation=built.rotation,
         )  # fmt: skip
         if resumed is None:
-            for kind, text in remarks(recipe, built, meter.device, unplanned):
-                session.event(kind, text)
+            for remark in remarks(recipe, built, meter.device, unplanned):
+                session.event(*remark)
         else:
             session.event("resumed", f"goes on after update {session.progress.step}")
 

@@ -1,40 +1,37 @@
 """Checks of a run that would else fail without a word: is what should be trained trained, and
 nothing else?
 
-`gradients`: in the first update every trained parameter has a finite gradient. `moved`: after two
-updates every trained parameter has another value. `frozen`: what is frozen has its bytes still at
-the end. `saved`: what was trained lies bit for bit in the files that were written.
+`gradients`: in the first two updates every trained parameter has a finite gradient. `moved`: after
+them every trained parameter has another value. `frozen`: the bytes of what is frozen have the same
+sums at the end. `saved`: what was trained lies bit for bit, under its name, in the files that were
+written.
 
 A part names the guards that cannot hold for it in `waives`. All work on sums of integers over the
 bytes that are there: nothing is copied, and nothing is read while memory or time are measured but
-one norm of each gradient.
+one norm of each gradient in the first two updates.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from lowres.bridges import deepspeed
 from lowres.bridges.bitsandbytes import quantisation_states
-from lowres.core.errors import Diverged, LowresError
+from lowres.core.errors import Diverged, GuardFailed, some
 from lowres.core.parts import Guard
 from lowres.core.recipe import Recipe
-from lowres.run.checksums import checksum, sampled
+from lowres.run.checksums import checksum, fingerprint
+from lowres.run.written import stop_at_lost
 
 UPDATES = 2
 """After so many every trained parameter has moved: LoRA's A has a zero gradient in the first."""
-_SHOWN = 5
-
-
-class GuardFailed(LowresError):
-    """A check of `run/guards.py` found training to be other than what the recipe says."""
 
 
 class Guards:
@@ -44,6 +41,7 @@ class Guards:
         model: The learner's base.
         optimizer: What updates it.
         event: Notes what is odd and no failure, as `Session.event`.
+        keeps_gradients: Whether they are there before an update, as `Engine.keeps_gradients`.
     """
 
     def __init__(
@@ -52,6 +50,7 @@ class Guards:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         event: Callable[[str, str], None],
+        keeps_gradients: bool = True,
     ) -> None:
         parts = (recipe.method, recipe.freezing, recipe.objective, recipe.optimizer,
                  recipe.procedure, *recipe.levers)  # fmt: skip
@@ -65,11 +64,13 @@ class Guards:
         self._updates = 0
         self._ever: list[str] = []
         self._divided = deepspeed.is_divided(optimizer)
+        self._told = self._divided or not keeps_gradients
         self._arrived: dict[str, float] = {}
-        """The largest of the gradients as they came: DeepSpeed takes them away."""
+        """The largest of the gradients as they came: DeepSpeed takes them away, and updates within
+        the backward pass free them."""
         self._hooks: list[Callable[[], None]] = []
         self._trained: dict[str, int] = {}
-        self._frozen: dict[str, int] = {}
+        self._frozen: dict[str, tuple[int, int]] = {}
 
     def begin(self) -> None:
         """Remember what is there before the first update.
@@ -93,23 +94,25 @@ class Guards:
                 name: _sum_of(p) for name, p in trained.items()
                 if name.rpartition(".")[2] != self._may_rest
             }  # fmt: skip
-        if self._divided and "gradients" not in self._waived:
+        if self._told and "gradients" not in self._waived:
             for name, parameter in trained.items():
                 came = functools.partial(self._arrive, name)
-                self._hooks.append(deepspeed.on_gradient(parameter, came))
+                hook = parameter.register_hook(came)  # type: ignore[no-untyped-call]
+                self._hooks.append(hook.remove)
         if "frozen" not in self._waived:
-            self._frozen = dict(_frozen_samples(self._model))
+            self._frozen = dict(_frozen_sums(self._model))
 
     @property
     def watching(self) -> bool:
         """Whether updates are still looked at."""
         return self._updates < UPDATES
 
-    def gradients(self, scaled: bool) -> None:
-        """Look at the gradients of one update before it is made.
+    def gradients(self, scaler: Any) -> None:
+        """Look at the gradients of one update before it is made, or when it was made among them.
 
         Args:
-            scaled: They carry float16's loss scale, whose first ones overflow by design.
+            scaler: float16's loss scaler, whose scale they carry, and whose first scales overflow
+                by design; None without one.
 
         Raises:
             GuardFailed: When a trained parameter has none.
@@ -118,8 +121,9 @@ class Guards:
         if "gradients" in self._waived or not self.watching:
             return
         missing, infinite = [], []
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
         for name, parameter in _trained(self._model):
-            if self._divided:
+            if self._told:
                 largest = self._arrived.pop(name, None)
             else:
                 largest = None if parameter.grad is None else _largest(parameter.grad)
@@ -127,14 +131,14 @@ class Guards:
                 missing.append(name)
             elif not math.isfinite(largest):
                 infinite.append(name)
-            elif not scaled:
-                self._largest[name] = max(largest, self._largest.get(name, 0.0))
+            else:
+                self._largest[name] = max(largest / scale, self._largest.get(name, 0.0))
         if missing:
             raise GuardFailed(
                 f"no gradient reaches {some(missing)}: the loss does not depend on them, or the "
                 "backward pass ends before them; freeze them, or drop the part that cuts it off"
             )
-        if infinite and not scaled:
+        if infinite and scaler is None:
             raise Diverged(
                 f"the gradients of {some(infinite)} are not finite in update {self._updates + 1}; "
                 "lower optimizer.lr, or compute in a wider type (loop.precision, model.dtype)"
@@ -194,7 +198,7 @@ class Guards:
         Raises:
             GuardFailed: When its bytes have changed.
         """
-        now = dict(_frozen_samples(self._model)) if self._frozen else {}
+        now = dict(_frozen_sums(self._model)) if self._frozen else {}
         changed = [name for name, was in self._frozen.items() if now.get(name, was) != was]
         if changed:
             raise GuardFailed(
@@ -215,47 +219,14 @@ class Guards:
     def _is_small(self, name: str, parameter: nn.Parameter, held: float) -> bool:
         """Whether an update may be lost in rounding: by its size, or as 16 bits lose most."""
         largest, rate = self._largest.get(name), self._rates[name]
-        if largest is None:
-            return True  # there was no gradient to look at
         if largest == 0:
             return False
         if parameter.element_size() < 4:
             return True
+        if largest is None:
+            return False  # without gradients the rule itself adds noise, which float32 holds
         # Update rules move by the rate times the gradient, or by the rate.
         return rate * min(largest, 1.0) < torch.finfo(parameter.dtype).eps * held
-
-
-def stop_at_lost(
-    model: nn.Module, folder: Path, trained: Iterable[tuple[str, nn.Parameter]] | None = None
-) -> None:
-    """Raise GuardFailed when a trained tensor is not among those in a folder's safetensors.
-
-    By content, since names differ between a model in memory and in a file; a whole model's files
-    are only asked for the names that they have.
-
-    Args:
-        trained: With their names; None for those that the model says to be trained now.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    found: set[tuple[tuple[int, ...], torch.dtype, int]] = set()
-    names: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                tensor = opened.get_tensor(name)
-                found.add((tuple(tensor.shape), tensor.dtype, checksum(tensor)))
-                names.add(name)
-    adapter = (folder / "adapter_config.json").exists()
-    lost = [
-        name
-        for name, p in trained or _trained(model)
-        if (adapter or name in names) and (tuple(p.shape), p.dtype, checksum(p)) not in found
-    ]
-    if lost:
-        raise GuardFailed(
-            f"{some(lost)} of the trained parameters are not in {folder} as they were trained; "
-            "loading it would give another model than the one that was scored"
-        )
 
 
 def _sum_of(parameter: nn.Parameter) -> int:
@@ -278,19 +249,13 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in named if p.requires_grad and deepspeed.elements(p))
 
 
-def _frozen_samples(model: nn.Module) -> Iterator[tuple[str, int]]:
+def _frozen_sums(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     """Every frozen parameter that is at hand, and what quantised layers hold beside them."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or parameter.is_meta or not deepspeed.elements(parameter):
             continue
         with deepspeed.whole(parameter):
-            sum_ = sampled(parameter)
-        yield name, sum_
+            sums = fingerprint(parameter)
+        yield name, sums
     for number, (path, tensor) in enumerate(quantisation_states(model)):
-        yield f"quantisation state {number} of {path}", sampled(tensor)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of some names."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        yield f"quantisation state {number} of {path}", fingerprint(tensor)

@@ -37,7 +37,7 @@ class Merged:
         distance: Of the merged model from the adapter beside the same base.
         from_trained: From the adapter beside the base as it was trained over, in fewer bits; 0
             where that is the same base.
-        effect: How far the adapter moves the base at all.
+        effect: How far the adapter moves the base at all; never 0.
     """
 
     folder: Path
@@ -60,7 +60,8 @@ def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
 
     Raises:
         InputError: When there is no such adapter, or it cannot be merged.
-        LowresError: When the merged model does not answer as the unmerged one; nothing is written.
+        LowresError: When the adapter has no effect, or the merged model does not answer as the
+            unmerged one; nothing is written.
     """
     adapter, into = Path(adapter), Path(into)
     _check(recipe, adapter, into)
@@ -83,6 +84,13 @@ def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
     unmerged = logits_of(learner, batch)
     with peft.disabled(learner.base):
         effect = distance_of(logits_of(learner, batch), unmerged)
+    if effect == 0:
+        raise LowresError(
+            f"the adapter in {adapter} does nothing: with and without it the logits of {len(rows)} "
+            f"rows are the same in {plain.dtype}, so it was not loaded, never trained, or trained "
+            "by less than that type can hold; nothing was written: look at the run's losses and "
+            "events, train on or with a larger optimizer.lr, or merge in a wider model.dtype"
+        )
     learner.module = learner.base = recipe.method.merge(learner.base)
     distance = distance_of(logits_of(learner, batch), unmerged)
     limit = TOLERANCE[plain.dtype]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lowres.core.rotation import Rotating
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 def remarks(
     recipe: Recipe, built: Built, device: torch.device, unplanned: str | None
-) -> Iterator[tuple[str, str]]:
-    """Kind and text of each event.
+) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """Kind and text of each event, and names that belong to it, maybe many.
 
     Args:
         unplanned: Why there is no plan; None where there is one.
     """
     for remark in built.inputs.data.remarks:
-        yield "data", remark
+        yield "data", remark, ()
     yield from weights.remarks(recipe, built.loaded, built.model, device)
     if unplanned is not None:
-        yield "plan", unplanned
+        yield "plan", unplanned, ()
     blocks = built.learner.blocks
     if blocks.head:
-        yield "head", f"made anew, to be trained: {', '.join(blocks.head)}"
+        yield "head", "made anew, to be trained: ", blocks.head
     freezing = recipe.freezing
     if blocks.scores:
         trained = ", ".join(name for name in blocks.names if name in blocks.trained)
@@ -39,6 +39,7 @@ def remarks(
             "freezing",
             f"{freezing.name} trains {len(blocks.trained)} of {len(blocks.names)} blocks "
             f"({trained}); scores from the input up: {scores}",
+            (),
         )
     if isinstance(freezing, Rotating):
         at_once = len(freezing.active(blocks.names, 0))
@@ -46,4 +47,5 @@ def remarks(
             "freezing",
             f"{freezing.name} trains {at_once} of {len(blocks.names)} blocks at a time, others "
             f"after every {freezing.period} updates",
+            (),
         )

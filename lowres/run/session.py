@@ -95,7 +95,8 @@ class TrainingSession:
         # evaluation mode.
         self._in_training_mode = False
         self.checkpoint_bytes: int | None = None
-        self.guards = Guards(recipe, learner.base, engine.optimizer, self.event)
+        self.guards = Guards(recipe, learner.base, engine.optimizer, self.event,
+                             engine.keeps_gradients)  # fmt: skip
         self.guards.begin()
 
     def updates(self) -> Iterator[tuple[int, Sequence[Row]]]:
@@ -128,8 +129,7 @@ class TrainingSession:
                     f"{values(recipe.optimizer).get('lr')}), set loop.max_grad_norm, or use "
                     "loop.precision: bf16 instead of fp16"
                 )
-            # Under float16 gradients carry the loss scale, and the first ones overflow.
-            self.guards.gradients(getattr(self.accelerator, "scaler", None) is not None)
+            self.guards.gradients(getattr(self.accelerator, "scaler", None))
             recipe.method.after_gradients(self.learner.base, step, self.total)
             norm = self._step(factor)
             if norm is not None and not math.isfinite(norm):
@@ -172,10 +172,10 @@ class TrainingSession:
         self.reporter.scores(found)
         return found
 
-    def event(self, kind: str, text: str) -> None:
-        """Note something that a reader of the record should know, and say it."""
-        self.progress.events.append(Event(self.progress.step, kind, text))
-        self.reporter.say(text)
+    def event(self, kind: str, text: str, names: Sequence[str] = ()) -> None:
+        """Note something that a reader of the record should know, and say it with a few names."""
+        self.progress.events.append(Event(self.progress.step, kind, text + ", ".join(names)))
+        self.reporter.say(text + errors.some(names))
 
     def step_time(self) -> StepTime | None:
         """Percentiles over the timed updates; None when there were fewer than two."""

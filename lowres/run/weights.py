@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lowres.bridges import narrow, peft
-from lowres.bridges.bitsandbytes import element_count, quantisation_state
+from lowres.bridges.bitsandbytes import (
+    asked_bytes,
+    element_count,
+    is_quantised,
+    quantisation_state,
+)
 from lowres.core.errors import InputError, LowresError, Problem
 from lowres.core.units import format_bytes
 from lowres.run.diagnosis import NATIVE_BF16
-from lowres.run.guards import some
 
 if TYPE_CHECKING:
     from lowres.core.blocks import Blocks
@@ -35,23 +39,21 @@ def stop_at_wide(
         InputError: When float16 cannot hold a weight of the checkpoint.
     """
     config = request.options.get("quantization_config")
-    bits = 16 if config is None else 4 if config.load_in_4bit else 8
     alone = narrow.left_alone(model)
     inside = tuple(f"{name}." for name in blocks.names)
+    narrowed = {name for name, _ in narrow.matrices(model, fresh)} if request.matrices else set()
     module: Any
     for path, module in model.named_modules():
-        linear = path.startswith(inside) and narrow.is_linear(module)
-        if config is not None and linear and not alone & set(path.split(".")):
-            count = element_count(module.weight)
-            scales = 4 * module.weight.shape[0] if bits == 8 else count // 16 + 4096
-            held = sum(t.nbytes for t in (module.weight, *quantisation_state(module)))
-            _stop_if(held > count * bits // 8 + scales, path, module, held / count, bits)
-    if config is not None:
-        return
-    wanted = getattr(torch, request.matrices or request.dtype)
-    for name, module in narrow.matrices(model, fresh):
-        wide = module.weight.element_size() > wanted.itemsize
-        _stop_if(wide, name, module, module.weight.element_size(), 8 * wanted.itemsize)
+        linear = narrow.is_linear(module)
+        if not linear and not isinstance(module, nn.Embedding) or alone & set(path.split(".")):
+            continue
+        name = f"{path}.weight"
+        if config is not None and linear and path.startswith(inside):
+            _stop_if_unpacked(path, module, config)
+            continue
+        wanted = getattr(torch, (name in narrowed and request.matrices) or request.dtype)
+        found = module.weight.element_size()
+        _stop_if(found > wanted.itemsize, path, module, found, wanted.itemsize)
         if wanted == torch.float16 and not math.isfinite(
             float(torch.linalg.vector_norm(module.weight.detach(), math.inf))
         ):
@@ -59,10 +61,25 @@ def stop_at_wide(
             raise InputError("the recipe", [Problem("model.checkpoint", why)])
 
 
-def _stop_if(wide: bool, path: str, module: Any, found: float, bits: int) -> None:
+def _stop_if_unpacked(path: str, module: Any, config: Any) -> None:
+    count, asked = element_count(module.weight), asked_bytes(module, config)
+    held = sum(t.nbytes for t in (module.weight, *quantisation_state(module)))
+    wide = held > asked or not is_quantised(module.weight)
+    _stop_if(wide, path, module, held / count, asked / count)
+    # Of small matrices the code book for the scales takes more than it saves.
+    double = config.load_in_4bit and config.bnb_4bit_use_double_quant
+    if double and not module.weight.quant_state.nested:
+        raise LowresError(
+            f"the scales of {path} are held in 32 bits where 8 were asked for "
+            "(double_quantisation), so the plan and the memory of this run would be wrong; set "
+            "double_quantisation to false, or install the bitsandbytes of setup.cfg"
+        )
+
+
+def _stop_if(wide: bool, path: str, module: Any, found: float, asked: float) -> None:
     if wide:
         raise LowresError(
-            f"{path} takes {found:.2f} bytes a weight where {bits / 8:g} were asked for: "
+            f"{path} takes {found:.2f} bytes a weight where {asked:.2f} were asked for: "
             f"{type(module).__name__} was not converted when it was loaded, so the plan and the "
             "memory of this run would be wrong; drop the lever that holds weights in fewer bits"
         )
@@ -79,36 +96,39 @@ def _by_plain_name(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name.replace("base_layer.", "").replace("original_module.", ""), tensor
 
 
-def casts(loaded: Mapping[str, torch.dtype], model: nn.Module) -> str | None:
-    """What has another type than when it was loaded, with its bytes now; None where nothing has."""
+def casts(loaded: Mapping[str, torch.dtype], model: nn.Module) -> tuple[str, list[str]] | None:
+    """What has another type than when it was loaded: the sum of its bytes now, and each tensor with
+    its own; None where nothing has.
+    """
     changed, size_bytes = [], 0
     for name, tensor in _by_plain_name(model):
         was = loaded.get(name, tensor.dtype)
         if tensor.dtype != was:
             kinds = [str(kind).removeprefix("torch.") for kind in (was, tensor.dtype)]
-            changed.append(f"{name} ({kinds[0]} to {kinds[1]})")
+            size = format_bytes(tensor.nbytes)
+            changed.append(f"{name} ({kinds[0]} to {kinds[1]}, {size})")
             size_bytes += tensor.nbytes
     if not changed:
         return None
-    return f"cast: {len(changed)} tensors, {format_bytes(size_bytes)}: {some(changed)}"
+    return f"cast: {len(changed)} tensors, {format_bytes(size_bytes)}: ", changed
 
 
 def remarks(
     recipe: Recipe, loaded: Mapping[str, torch.dtype], model: nn.Module, device: torch.device
-) -> Iterator[tuple[str, str]]:
-    """Kind and text of the events about the weights of a run that begins.
+) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """Kind, text and names of the events about the weights of a run that begins.
 
     Args:
         loaded: `types_of` the model when it was loaded.
     """
     cuda = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if cuda else None
-    for kind, text in (
-        ("cast", casts(loaded, model)),
-        ("bfloat16", remark_on_bfloat16(recipe, types_of(model), capability)),
-    ):
-        if text is not None:
-            yield kind, text
+    changed = casts(loaded, model)
+    if changed is not None:
+        yield "cast", *changed
+    emulated = remark_on_bfloat16(recipe, types_of(model), capability)
+    if emulated is not None:
+        yield "bfloat16", emulated, ()
 
 
 def remark_on_bfloat16(

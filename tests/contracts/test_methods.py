@@ -13,6 +13,7 @@ import torch
 from lowres.core import registry
 from lowres.core.errors import InputError
 from lowres.run.build import Built, build
+from lowres.run.written import stop_at_lost
 from tests.conftest import KINDS, sample_part, sampled
 
 METHODS = registry.names("method")
@@ -174,6 +175,26 @@ def test_a_saved_result_loads_and_gives_equal_logits(
     loaded.eval()
     fresh.learner.module = fresh.learner.base = loaded
     assert torch.equal(logits(fresh), logits(built))
+
+
+@each
+def test_what_is_saved_is_what_loading_looks_for(
+    method: str, kind: str, make: Any, tmp_path: Path
+) -> None:
+    """Behaviour: the check of the saved files passes (unless the method says that it saves another
+    form), and lowres loads the adapter, which refuses a file with other names than PEFT's."""
+    from lowres.bridges import peft, transformers
+
+    recipe, built = make(kind, method)
+    train(recipe, built, 2)
+    transformers.save(built.model, built.tokenizer, tmp_path / "saved")
+    if "saved" not in recipe.method.waives:
+        stop_at_lost(built.model, tmp_path / "saved")
+    if (tmp_path / "saved" / "adapter_config.json").exists():
+        _, fresh = make(kind, "full")
+        loaded = peft.load_adapter(fresh.model, tmp_path / "saved").eval()
+        fresh.learner.module = fresh.learner.base = loaded
+        assert torch.equal(logits(fresh), logits(built))
 
 
 @each

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lowres
-from lowres.bridges import peft
+from lowres.bridges import peft, transformers
 from lowres.core.errors import InputError, LowresError
 from lowres.run import merging
 from lowres.run.build import build
@@ -114,6 +114,29 @@ def test_a_wrong_merge_writes_nothing(
     with pytest.raises(LowresError, match="merged model's logits are off"):
         merging.merge(one, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_without_effect_is_not_merged(
+    recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Closed form: LoRA's B is 0 before the first update, and the logits are those of the base."""
+    one = recipe(model=TINY, method=STRONG, objective="label_words")
+    built = build(one)
+    transformers.save(built.model, built.tokenizer, tmp_path / "model")
+    with pytest.raises(LowresError, match=r"does nothing: .* 4 rows are the same in float32"):
+        merging.merge(one, tmp_path / "model", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_that_lacks_a_tensor_is_not_merged(trained: Any, tmp_path: Path) -> None:
+    """Behaviour: named by the names in the file."""
+    one, adapter = trained()
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[5]
+    save_file({n: t for n, t in tensors.items() if n != name}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"lacks 1 of {len(tensors)} tensors: {name};"):
+        merging.merge(one, adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("lever", ["nf4_weights", "int8_weights"])
