@@ -139,10 +139,11 @@ def _cell(one: Combination, folder: Path, told: Any) -> None:
     os.chdir(folder)
     started = time.monotonic()
     refusal: InputError | None = None
-    for model in MODELS:
-        cell = Cell("works", "", model, 0.0)
+    for number, model in enumerate(MODELS):
+        cell, own = Cell("works", "", model, 0.0), folder / str(number)
+        own.mkdir()
         try:
-            try_out(_recipe(one, model, folder), folder)
+            try_out(_recipe(one, model, folder), own)
         except InputError as error:
             # Said of this model alone: the other one may have what the method trains.
             cell.outcome, cell.reason = "refused", error.problems[0].text

@@ -31,9 +31,10 @@ def test_the_page_is_the_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(Table.read())
 
 
-@pytest.mark.parametrize("key", ["lora", "full + nf4_weights"])
+@pytest.mark.parametrize("key", ["lora", "full + nf4_weights", "bitfit"])
 def test_a_cell_is_made_by_a_run(key: str, in_folder: Path) -> None:
-    """Reference: the table. One that works and one that is refused; in a relative folder."""
+    """Reference: the table. One that works, one that is refused, one of the second model; in a
+    relative folder."""
     one = next(c for c in compatibility.combinations() if c.key == key)
     table = Table()
     compatibility.fill(table, [one], Path("cells"), lambda _: None, lambda: None)
