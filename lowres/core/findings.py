@@ -48,8 +48,7 @@ class Comparison:
     def places(self) -> dict[str, float]:
         """Method to where it stands between the worst (0) and the best (1).
 
-        Of an order each has the mean rank of its tier. Scores that lie closer together than a
-        twentieth of the best one stay that much nearer to the middle.
+        Of an order each has the mean rank of its tier; of scores as `place` says.
         """
         if self.leads:
             last = sum(map(len, self.leads)) - 1
@@ -60,8 +59,7 @@ class Comparison:
                 ahead += len(tier)
             return out
         low, high = min(self.scores.values()), max(self.scores.values())
-        spread, middle = max(high - low, abs(high) / 20), (low + high) / 2
-        return {name: 0.5 + (score - middle) / spread for name, score in self.scores.items()}
+        return {name: place(score, low, high) for name, score in self.scores.items()}
 
     def told(self, method: str) -> str:
         """What it says of a method, in a few words."""
@@ -69,6 +67,16 @@ class Comparison:
             return "leads" if method in self.leads[0] else f"behind {' and '.join(self.leads[0])}"
         low, high = min(self.scores.values()), max(self.scores.values())
         return f"{self.scores[method]:g} between {low:g} and {high:g}"
+
+
+def place(score: float, low: float, high: float) -> float:
+    """Where a score stands between the worst (0) and the best (1), higher being better.
+
+    Where these lie closer together than a twentieth of the best, all stay that much nearer to the
+    middle: so small a difference says little of another task.
+    """
+    spread, middle = max(high - low, abs(high) / 20), (low + high) / 2
+    return 0.5 + (score - middle) / spread
 
 
 @dataclass(config=_STRICT, frozen=True)

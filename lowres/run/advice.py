@@ -17,7 +17,7 @@ from lowres.bridges.kinds import kind_of
 from lowres.core import findings as found_by_others
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
-from lowres.core.findings import Comparison, TaskKind
+from lowres.core.findings import Comparison, TaskKind, place
 from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
 from lowres.core.record import RunRecord
@@ -165,7 +165,7 @@ def _of_records(
                 f"records of {'this model' if same else checkpoint}", None, setting,
                 f"{sign * mean:.3g}, mean of {n} run(s) at its best setting, between "
                 f"{sign * low:.3g} and {sign * high:.3g}" + ("" if near else "; of other sizes"),
-                (mean - low) / (high - low), weight,
+                place(mean, low, high), weight,
             )
             for m, (mean, n) in means.items()
         }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,19 @@ def test_records_of_the_model_come_before_papers() -> None:
     assert {e.weight for a in far for e in a.evidence if e.url is None} == {1.0}
     other = advice.advise(TINY, 8000, 8.0, "classification", cola())
     assert any(f"records of {MINILM}" == e.source for a in other for e in a.evidence)
+
+
+def test_runs_that_hardly_differ_say_hardly_anything() -> None:
+    """Closed form: two accuracies .001 apart, of a twentieth of the best that would be all."""
+    one, other = copy.deepcopy(cola()[0]), copy.deepcopy(cola()[0])
+    for record, method, value in ((one, "lora", 0.870), (other, "ia3", 0.871)):
+        record.recipe["method"] = {"name": method}
+        for score in record.scores:
+            score.value = value
+    found = {a.method: a for a in advice.advise(MINILM, 8000, 8.0, None, [one, other])}
+    near = 0.5 * 0.001 / (0.871 / 20)
+    places = [e.place for m in ("lora", "ia3") for e in found[m].evidence if e.url is None]
+    assert places == pytest.approx([0.5 - near, 0.5 + near])
 
 
 def test_a_run_that_saw_less_than_its_rows_tells_nothing() -> None:
