@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,24 @@ def records() -> dict[str, dict[str, Any]]:
     return {record["method"]: record for record in found}
 
 
+def measured_now(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Records of methods, made by runs, without what is of this place alone."""
+    from transformers import OPTForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder) / "opt")
+        plain = OPTForCausalLM.from_pretrained(model)
+        held = storages([*plain.parameters(), *plain.buffers()])
+        count = sum(p.numel() for p in plain.parameters())
+        del plain
+        found = {}
+        for name in names:
+            text = json.dumps(one(model, held, count, name))
+            found[name] = json.loads(text.replace(folder, "temporary"))
+            print(name, found[name].get("refused") or found[name]["measured"], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")
@@ -193,19 +211,9 @@ def main() -> None:
     wanted = [n for n in registry.names("method") if arguments.only in ("", n)]
     missing = [n for n in wanted if not (RECORDS / f"{n}.json").exists()]
     if missing and not arguments.page:
-        with tempfile.TemporaryDirectory() as folder:
-            model = write_model(Path(folder) / "opt")
-            from transformers import OPTForCausalLM
-
-            plain = OPTForCausalLM.from_pretrained(model)
-            held = storages([*plain.parameters(), *plain.buffers()])
-            count = sum(p.numel() for p in plain.parameters())
-            del plain
-            for name in missing:
-                record = one(model, held, count, name)
-                text = json.dumps(record, indent=1).replace(folder, "temporary")
-                (RECORDS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-                print(name, record.get("refused") or record["measured"], flush=True)
+        for name, record in measured_now(missing).items():
+            text = json.dumps(record, indent=1)
+            (RECORDS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     from benchmarks.methods_page import filled
 
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), records()), encoding="utf-8")
