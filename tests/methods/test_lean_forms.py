@@ -183,6 +183,18 @@ def test_dora_makes_nothing_as_large_as_a_weight() -> None:
     assert largest(model, 1024) == 2**20 * 4
 
 
+def test_dora_keeps_its_input_the_small_product_and_the_layer_s_own_output() -> None:
+    """Closed form: 2 bytes an element of x and of W x, 4 of A x and of each norm."""
+    config = peft.LoraConfig(r=4, use_dora=True, target_modules=["q"], init_lora_weights=False)
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("q", nn.Linear(64, 48, dtype=torch.bfloat16))
+    model: Any = peft.get_peft_model(base, config)  # type: ignore[arg-type]
+    lora.settle(model)
+    x = torch.randn(2, 8, 64, dtype=torch.bfloat16)
+    assert kept_bytes(model, x) == 16 * (64 * 2 + 48 * 2 + 4 * 4) + 48 * 4
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(96, 128), (41, 24), (20, 200)])
 def test_rows_are_unpacked_in_slices(form: str, shape: tuple[int, int]) -> None:
