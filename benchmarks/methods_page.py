@@ -27,13 +27,22 @@ def taxonomy_table(records: dict[str, dict[str, Any]]) -> str:
         if "trainable" in record:
             trained = f"{record['trainable']:,}"
             share = f"{record['trainable'] / record['parameters']:.2%}"
-        quantised = "no" if cls.trains_weights or "quantised" in cls.refuses else "yes"
         low, high = cls.learning_rate_hint
         rows.append(
             f"| `{name}` | {cls.taxonomy} | {_paper(name)} | {trained} | {share} "
-            f"| {'yes' if cls.mergeable else 'no'} | {quantised} | {low:g} to {high:g} |"
+            f"| {'yes' if cls.mergeable else 'no'} | {_over_few_bits(cls)} | {low:g} to {high:g} |"
         )
     return "\n".join(rows)
+
+
+def _over_few_bits(cls: Any) -> str:
+    """Whether the method works beside weights in 4 and 8 bits, or in which of them."""
+    taken = [
+        words
+        for kind, words in (("nf4", "4 bits"), ("int8", "8 bits"))
+        if not cls.trains_weights and not {"quantised", kind} & cls.refuses.keys()
+    ]
+    return {0: "no", 1: f"{''.join(taken)} only", 2: "yes"}[len(taken)]
 
 
 def _paper(name: str) -> str:
@@ -48,7 +57,9 @@ def _paper(name: str) -> str:
     told = words.partition(" http")[0].rstrip(".").replace("|", "/")
     if link is None:
         return told.partition(";")[0]
-    return f"[{told.rpartition(', ')[2]}]({link[0].rstrip('.')})"
+    # What a paper calls the method may follow the year.
+    who = re.search(r", ([^,]+ \d{4})(?: \(|$)", told)
+    return f"[{who[1] if who else told}]({link[0].rstrip('.')})"
 
 
 def memory_table(records: dict[str, dict[str, Any]]) -> str:

@@ -149,7 +149,8 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.state.is_training = self.training
-        if self.weight.CB is not None:
+        # PEFT 0.21, reading the matrix of a layer on a CPU, puts a parameter without scales there.
+        if self.weight.CB is not None and self.weight.SCB is not None:
             self.init_8bit_state()
         x, bias = _as_linear_takes(x, self.bias)
         exact = self.training or torch.is_grad_enabled()

@@ -41,15 +41,18 @@ def inject(model: nn.Module, config: Any, blocks: Blocks) -> nn.Module:
     """
     import peft
 
+    from lowres.bridges import lora
+
     config.modules_to_save = list(blocks.head) or None
     # Losses are computed outside the model, so the plain wrapper serves every head; the saved file
     # names the type, so that PEFT's and transformers' Auto classes can load it.
     config.task_type = None
-    with warnings.catch_warnings():
+    with lora.making(), warnings.catch_warnings():
         # PEFT 0.21 reads a name that transformers 5.23 deprecates.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].task_type = task_type(model)
+    lora.settle(adapted)
     return adapted
 
 
@@ -136,33 +139,6 @@ def _stop_at_experts(model: nn.Module, blocks: Blocks, there: list[str]) -> None
             raise InputError("the recipe", [Problem("method.targets", text)])
 
 
-def set_magnitudes(model: nn.Module) -> None:
-    """Start DoRA's magnitudes from the norms of the weights in float32: PEFT 0.21 takes them in the
-    base's type and divides by norms in float32, so that over 16 bits the start is not the base.
-
-    Raises:
-        InputError: Where a row of a weight is all zeros, whose direction would be 0 / 0.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import is_fake
-
-    from lowres.bridges.unpacking import unpacked
-
-    for path, layer in model.named_modules():
-        for one in getattr(layer, "lora_magnitude_vector", {}).values():
-            weight = unpacked(layer.get_base_layer()).float()
-            turned = weight.T if layer.fan_in_fan_out else weight
-            norm = torch.linalg.vector_norm(turned, dim=1)
-            if not is_fake(norm) and not norm.all():
-                row = int((norm == 0).nonzero()[0])
-                text = (
-                    f"row {row} of '{path}' is all zeros and has no direction to be kept; leave "
-                    "that layer out (method.targets), or use lora"
-                )
-                raise InputError("the recipe", [Problem("method", text)])
-            one.weight.data.copy_(norm.view_as(one.weight))
-
-
 def _paper_targets(model: nn.Module) -> Sequence[str]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
 
@@ -203,7 +179,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     """
     import peft
 
-    from lowres.bridges import adapter_files, prompts
+    from lowres.bridges import adapter_files, lora, prompts
     from lowres.bridges.peft_configs import keep_types
 
     preload()
@@ -213,6 +189,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
             return prompted
         adapted = peft.PeftModel.from_pretrained(model, str(folder))
     keep_types(adapted)
+    lora.settle(adapted)
     return adapted
 
 

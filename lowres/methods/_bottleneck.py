@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowres.core.delta import Delta, Tap, cast, features, nearest, place
+from lowres.core.recompute import WideningLinear
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "swish": F.silu, "tanh": torch.tanh,
@@ -21,7 +22,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, width: int, middle: int, activation: str, device: torch.device) -> None:
         super().__init__()
-        self.down = nn.Linear(width, middle, device=device)
+        self.down = WideningLinear(width, middle, device=device)
         self.up = nn.Linear(middle, width, device=device)
         self._activation = ACTIVATIONS[activation]
         if device.type != "meta":
@@ -37,7 +38,7 @@ class Bottleneck(nn.Module):
         return cls(width, middle, settings["activation"], place(base))
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        hidden_BTM = self._activation(self.down(cast(hidden_BTD, self.down.weight)))
+        hidden_BTM = self._activation(self.down(hidden_BTD))
         up: torch.Tensor = self.up(hidden_BTM)
         return up
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowres.core.delta import Delta, add_to_weight, cast, features, first, place
-from lowres.methods._recompute import recompute
+from lowres.core.recompute import recompute
 
 _STEPS = 4096
 """Of the Gaussian numbers in one: as whole numbers they are not rounded when a model is cast."""
@@ -108,7 +108,7 @@ class FastfoodDelta(Delta):
         return made
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        added = recompute(self._added, inputs[0], (self._owner.theta, self.scale))
+        added = recompute(self._added, inputs[0], parameters=(self._owner.theta, self.scale))
         return output + cast(added, output)
 
     def _added(self, x: torch.Tensor) -> torch.Tensor:

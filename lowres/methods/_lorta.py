@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lowres.core.delta import Delta, add_to_weight, cast, features, first, place
-from lowres.methods._recompute import recompute
+from lowres.core.recompute import recompute
 
 MATRICES = ("query", "key", "value", "out")
 
@@ -66,7 +66,7 @@ class AttentionTensor(Delta):
         self.borrow("_owner", owner or self)
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        added = recompute(self._added, inputs[0], self._owner.factors.parameters())
+        added = recompute(self._added, inputs[0], parameters=self._owner.factors.parameters())
         return output + cast(added, output)
 
     def _added(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowres.core.delta import Delta, add_to_weight, cast, features, place
+from lowres.core.recompute import WideningLinear
 
 
 class LowRank(Delta):
@@ -23,14 +24,14 @@ class LowRank(Delta):
         super().__init__(base, settings, before)
         wide_in, wide_out = features(base)
         rank, device = int(settings["rank"]), place(base)
-        self.a = nn.Linear(wide_in, rank, bias=False, device=device)
+        self.a = WideningLinear(wide_in, rank, bias=False, device=device)
         self.b = nn.Linear(rank, wide_out, bias=False, device=device)
         nn.init.kaiming_uniform_(self.a.weight, a=5**0.5)
         nn.init.zeros_(self.b.weight)
         self.scale = float(settings["alpha"]) / rank
 
     def added(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.b(self.a(cast(x, self.a.weight))) * self.scale
+        out: torch.Tensor = self.b(self.a(x)) * self.scale
         return out
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:

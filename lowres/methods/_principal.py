@@ -31,8 +31,9 @@ class PrincipalDelta(Delta):
         a_RI = torch.empty(rank, inputs, device=device)
         b_OR = torch.empty(outputs, rank, device=device)
         if device.type != "meta":
-            weight = base.weight.data
-            assert isinstance(weight, torch.Tensor)
+            from lowres.bridges.unpacking import unpacked
+
+            weight = unpacked(base)
             weight_OI = weight if hasattr(base, "in_features") else weight.T
             left, values, right = _principal(weight_OI.float(), rank, int(settings["iterations"]))
             root = values.sqrt()

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lowres.core.delta import Delta, add_to_weight, cast, features, place
+from lowres.core.recompute import recompute
 from lowres.methods._bottleneck import ACTIVATIONS
-from lowres.methods._recompute import recompute
 
 # With 12 the modes of 768 and 4096 are those of the paper's code: 8 8 12, 16 16 16.
 _USUAL_MODE = 12
@@ -103,7 +103,9 @@ class TensorTrainPair(Delta):
         self._scale = float(settings["alpha"]) / rank
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return output + cast(recompute(self._added, inputs[0], self.parameters()), output)
+        return output + cast(
+            recompute(self._added, inputs[0], parameters=self.parameters()), output
+        )
 
     def _added(self, x_NI: torch.Tensor) -> torch.Tensor:
         up: torch.Tensor = self.up(self.down(cast(x_NI, self.down.cores[0])))
@@ -134,7 +136,7 @@ class TensorTrainAdapter(Delta):
         self._activation = ACTIVATIONS[settings["activation"]]
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return output + cast(recompute(self._added, output, self.parameters()), output)
+        return output + cast(recompute(self._added, output, parameters=self.parameters()), output)
 
     def _added(self, y_NO: torch.Tensor) -> torch.Tensor:
         hidden_NM = self._activation(self.down(cast(y_NO, self.down_bias)) + self.down_bias)

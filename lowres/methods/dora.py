@@ -27,7 +27,8 @@ class Dora(Injected):
     """`y = m / ||V|| * V x` with `V = W + (alpha / rank) B A`, its norm along the inputs and
     without a gradient (section 4.3), m from ||W||.
 
-    Every forward pass makes V, which is as large as the weight, and unpacks weights in 4 bits.
+    Every forward pass makes V for its norm, some rows at a time, and unpacks weights in 4 and 8
+    bits for it.
 
     Args:
         rank: r.
@@ -40,8 +41,6 @@ class Dora(Injected):
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 4e-4)
     takes_transposed: ClassVar[bool] = True
     refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "int8": "the norm of W + B A needs the weight as a matrix, and reading that out of a layer "
-        "in 8 bits takes its scales away, so that its next pass fails; use nf4_weights, or lora",
         "divided": "the norm of W + B A needs the whole weight, of which a process may hold a "
         "part; use lora",
     }
@@ -51,10 +50,10 @@ class Dora(Injected):
     alpha: PositiveFloat = 32
 
     def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:
-        from lowres.bridges import peft
+        from lowres.bridges import lora
 
         adapted = super().apply(model, blocks)
-        peft.set_magnitudes(adapted)
+        lora.stop_at_zeros(adapted)
         return adapted
 
     def settings(self) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lowres.core.method import Taxonomy
-from lowres.core.parts import Circumstance, PositiveFloat, PositiveInt, part
+from lowres.core.parts import PositiveFloat, PositiveInt, part
 from lowres.methods._injected import Injected
 
 
@@ -31,10 +31,6 @@ class Loha(Injected):
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     # The range of lora.
     learning_rate_hint: ClassVar[tuple[float, float]] = (5e-5, 1e-3)
-    refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "nf4": "PEFT gives the change the shape of the stored weight, which in 4 bits is one "
-        "packed column; use int8_weights, or lora",
-    }
     config: ClassVar[str] = "LoHaConfig"
 
     rank: PositiveInt = 8

@@ -4,7 +4,9 @@ Paper: PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
 Meng et al. 2024. https://arxiv.org/abs/2404.02948
 
 Departs from the paper: the weight stays as it is and its principal part is taken away beside it, so
-that the adapter belongs to the original checkpoint; alpha is the rank.
+that the adapter belongs to the original checkpoint; alpha is the rank. Weights in 4 and 8 bits are
+packed whole, and the principal part is that of what they stand for (the paper takes it out before,
+and packs the rest).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lowres.core.errors import InputError, Problem
 from lowres.core.method import Taxonomy
-from lowres.core.parts import Circumstance, NonNegativeInt, PositiveInt, part
+from lowres.core.parts import NonNegativeInt, PositiveInt, part
 from lowres.methods._adapter import Adapter
 
 if TYPE_CHECKING:
@@ -41,10 +43,6 @@ class Pissa(Adapter):
     # 2e-5 in the paper, where A and B are as large as the weights.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-5, 5e-4)
     mergeable: ClassVar[bool] = True
-    refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "quantised": "the principal part is that of the weight in 16 bits or more, and packed "
-        "weights hold a rounded one; use lora, or frozen_offload for memory",
-    }
     sample_fields: ClassVar[Mapping[str, int]] = {"rank": 4, "iterations": 0}
 
     rank: PositiveInt = 16

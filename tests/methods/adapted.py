@@ -89,11 +89,12 @@ def deltas(model: nn.Module) -> dict[str, Any]:
 
 
 def kept_bytes(function: Any, *inputs: torch.Tensor) -> int:
-    """Bytes of distinct storages that backward holds, trained parameters apart."""
+    """Bytes of distinct storages that backward holds, parameters and views of them apart."""
     kept = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        # A product keeps its weight turned.
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor

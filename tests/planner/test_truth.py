@@ -25,6 +25,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "method": "lora", "levers": [{"name": "int8_weights"}],
         "freezing": {"name": "prefix", "frozen": 1},
     },
+    "16 bits throughout": {
+        "model": {"dtype": "bfloat16"}, "method": {"name": "lora", "targets": "all-linear"},
+        "loop": {"precision": "no"},
+    },
+    "dora, 4 bits": {"method": {"name": "dora", "rank": 4}, "levers": [{"name": "nf4_weights"}]},
+    "dora, 8 bits": {"method": {"name": "dora", "rank": 4}, "levers": [{"name": "int8_weights"}]},
+    "loha, 4 bits": {"method": {"name": "loha", "rank": 4}, "levers": [{"name": "nf4_weights"}]},
+    "pissa, 8 bits": {"method": {"name": "pissa", "rank": 4}, "levers": [{"name": "int8_weights"}]},
 }  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +33,34 @@ def test_the_page_on_methods_is_made_from_its_records() -> None:
     """Reference: `python -m benchmarks.methods --page` would change nothing."""
     text = methods.PAGE.read_text(encoding="utf-8")
     assert methods_page.filled(text, methods.records()) == text
+
+
+@pytest.mark.parametrize(
+    ("trains", "refuses", "says"),
+    [
+        (False, {}, "yes"),
+        (False, {"divided": ""}, "yes"),
+        (False, {"nf4": ""}, "8 bits only"),
+        (False, {"int8": ""}, "4 bits only"),
+        (False, {"nf4": "", "int8": ""}, "no"),
+        (False, {"quantised": ""}, "no"),
+        (True, {}, "no"),
+    ],
+)
+def test_the_page_on_methods_tells_4_bits_from_8(
+    trains: bool, refuses: dict[str, str], says: str
+) -> None:
+    """Closed form."""
+    method = SimpleNamespace(trains_weights=trains, refuses=refuses)
+    assert methods_page._over_few_bits(method) == says
+
+
+def test_each_paper_is_named_by_its_authors_and_year() -> None:
+    """Behaviour: of every method that has one."""
+    cited = [p for n in registry.names("method") if (p := methods_page._paper(n)) != "none"]
+    assert len(cited) >= 40
+    for paper in cited:
+        assert re.match(r"\[[A-Z][\w\- .]+ \d{4}\]\(https://", paper), paper
 
 
 def test_every_method_was_measured() -> None:
