@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ class Updates:
     after: dict[str, torch.Tensor]
 
 
-def two_updates(one: Any) -> Updates:
+def two_updates(one: Any, order: Sequence[int] = range(8)) -> Updates:
+    """Of the rows of each update in an order, which is nothing to its mean."""
     accelerator = accelerate.make(one)
     built = build(one)
     module, optimizer = accelerator.prepare(built.model, built.optimizer)
@@ -91,7 +92,7 @@ def two_updates(one: Any) -> Updates:
         parameter.register_hook(functools.partial(add, name=name))
     for step in range(2):
         found.gradients.append({n: torch.zeros_like(p).double() for n, p in trained.items()})
-        rows = built.train_rows[8 * step : 8 * step + 8]
+        rows = [built.train_rows[8 * step + at] for at in order]
         batches = micro_batches(one, learner, rows, one.loop.micro_batch_size)
         loss, _, _ = make_gradients(one.objective, learner, engine, accelerator, batches, 0)
         engine.update(1.0, one.loop.max_grad_norm)
@@ -163,6 +164,10 @@ UNIT = 2.0**-24
 TOLERANCE = 8 * 32 * UNIT
 """Relative, of a tensor's gradient (Frobenius): the bound for a sum over an update's tokens, 8 rows
 of at most 32, that is taken in another order."""
+CANCELLED = 1e-3
+"""Relative: a sum may cancel, and is then as exact as its terms are (one gate's bias; the scale of
+all of a drawn space). Up to here a gradient may be off by three times as much as the recipe without
+the lever is off itself with the rows of its updates in eight other orders."""
 ROUNDED = 4 * UNIT
 """Relative to a tensor: what a change read off its values may lose where two runs of two updates
 each round it."""
@@ -173,15 +178,28 @@ BLIND = re.compile(r"\b(k|key|k_proj)\.(.*\.)?bias$")
 def compare(one: Any, other: Any) -> None:
     """Two updates of each: equal losses, gradients and changes of every trained tensor."""
     plain, pulled = two_updates(one), two_updates(other)
+
+    @functools.cache
+    def reordered() -> list[Updates]:
+        assert not one.method.draws, "rows in another order meet other draws"
+        drawn = torch.Generator().manual_seed(0)
+        orders = [torch.randperm(8, generator=drawn).tolist() for _ in range(8)]
+        return [two_updates(one, order) for order in orders]
+
     assert pulled.losses == pytest.approx(plain.losses, rel=TOLERANCE)
     assert pulled.after.keys() == plain.after.keys()
     moved = 0
     for name, start in plain.before.items():
         assert torch.equal(pulled.before[name], start), name
-        for wanted, found in zip(plain.gradients, pulled.gradients, strict=True):
-            scale = one_vector(wanted) if BLIND.search(name) else wanted[name]
-            off = float((found[name] - wanted[name]).norm())
-            assert off <= TOLERANCE * float(scale.norm()), (name, off)
+        for update, wanted in enumerate(plain.gradients):
+            scale = float((one_vector(wanted) if BLIND.search(name) else wanted[name]).norm())
+            off = float((pulled.gradients[update][name] - wanted[name]).norm())
+            if TOLERANCE * scale < off <= CANCELLED * scale:
+                others = reordered()
+                own = [float((o.gradients[update][name] - wanted[name]).norm()) for o in others]
+                assert off <= 3 * max(own), (name, off, own)
+            else:
+                assert off <= TOLERANCE * scale, (name, off, scale)
         change, found_change = (
             run.after[name].double() - run.before[name].double() for run in (plain, pulled)
         )
