@@ -26,6 +26,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["OMP_NUM_THREADS"] = "2"
 
 KINDS = ("decoder", "encoder", "encoder_decoder")
+# OPT's blocks hold their two layers themselves; in this decoder the feed-forward part is a module.
+GATED = "gated_decoder"
+# What the models below have no place for, by method, kind and objective (None: any), and words of
+# the reason. All else is to work.
+NO_PLACE: dict[tuple[str, str, str | None], str] = {
+    ("bitfit", "encoder_decoder", None): "has no bias",  # T5 is made without
+    # T5 makes its decoder's input of the row's ids where a whole row is one class.
+    ("p_tuning", "encoder_decoder", "classification"): "makes its decoder's input of the ids",
+    ("prompt_tuning", "encoder_decoder", "classification"): "makes its decoder's input of the ids",
+}
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
 
 
@@ -38,6 +48,11 @@ def sampled(*axes: Sequence[Any], every: int) -> list[Any]:
         marks = [pytest.mark.slow] if sum(places) % every else []
         made.append(pytest.param(*values, marks=marks))
     return made
+
+
+def no_place(method: str, kind: str, objective: str) -> str | None:
+    """Words of the reason why a method finds no place in a model of these tests; None: it does."""
+    return NO_PLACE.get((method, kind, None)) or NO_PLACE.get((method, kind, objective))
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +95,15 @@ def tokenizer_maker() -> Callable[..., Any]:
 
 
 def tiny_config(kind: str) -> Any:
-    from transformers import BertConfig, OPTConfig, T5Config
+    from transformers import BertConfig, LlamaConfig, OPTConfig, T5Config
 
     vocab = 640
+    if kind == GATED:
+        return LlamaConfig(
+            vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+            attention_bias=True, mlp_bias=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
     if kind == "decoder":
         return OPTConfig(
             vocab_size=vocab, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32,
@@ -107,10 +128,16 @@ def checkpoints(
 ) -> dict[str, Path]:
     """Kind to a folder with random weights, small enough for a step in milliseconds."""
     import torch
-    from transformers import BertForMaskedLM, OPTForCausalLM, T5ForConditionalGeneration
+    from transformers import (
+        BertForMaskedLM,
+        LlamaForCausalLM,
+        OPTForCausalLM,
+        T5ForConditionalGeneration,
+    )
 
     classes = {
         "decoder": OPTForCausalLM,
+        GATED: LlamaForCausalLM,
         "encoder": BertForMaskedLM,
         "encoder_decoder": T5ForConditionalGeneration,
     }

@@ -17,7 +17,7 @@ RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if "accelerate" n
 
 def test_there_are_recipes() -> None:
     """Behaviour: all are found, in all folders."""
-    assert len(RECIPES) >= 12
+    assert len(RECIPES) == 20
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])

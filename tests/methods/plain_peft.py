@@ -2,11 +2,14 @@
 
     python plain_peft.py BASE METHODS.json FOLDER
 
-METHODS.json maps a method's name to `settings`, `starts_as_base` and `mergeable`. What held is
-printed as JSON: for each method its checks, true or what was wrong.
+METHODS.json maps a method's name to `settings`, `starts_as_base` and `mergeable`; `trainable`, a
+count, says that its adapter lies in FOLDER already, trained, beside the logits to be found. What
+held is printed as JSON: for each method its checks, true or what was wrong.
 """
 
 from __future__ import annotations
+
+import lowres  # isort: skip  # the promise is for a process that begins with it
 
 import json
 import sys
@@ -18,13 +21,13 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-import lowres
 
 IDS = torch.arange(5, 45).view(2, 20)
 MASK = torch.ones_like(IDS)
 MASK[1, :4] = 0  # the second row is padded on the left
+LOGITS = "logits.safetensors"
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -71,13 +74,15 @@ class Life:
         self.told, self.base, self.folder = told, base, folder
         self.keys = {"peft_type": "LOWRES_DELTA", "method": name, "settings": told["settings"]}
         self.plain = logits(self.fresh())
-        self.trained = self.plain
-        self.trainable = 0
+        self.trainable = told.get("trainable", 0)
+        self.trained = load_file(folder / LOGITS)["logits"] if self.trainable else self.plain
 
     def fresh(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.base).eval()
 
     def config(self) -> Any:
+        if self.told.get("trainable"):  # which weights are in it is known from the saved one alone
+            return peft.PeftConfig.from_pretrained(self.folder, inference_mode=False)
         return peft.get_peft_config(dict(self.keys))
 
     def loaded(self, **options: Any) -> Any:
@@ -197,7 +202,9 @@ class Life:
 
     def checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
         for name in vars(Life):
-            if name not in ("fresh", "config", "loaded", "checks") and not name.startswith("_"):
+            if name in ("fresh", "config", "loaded", "checks") or name.startswith("_"):
+                continue
+            if name != "trains_and_is_saved" or not self.told.get("trainable"):
                 yield name, getattr(self, name)
 
 
