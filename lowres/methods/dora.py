@@ -42,8 +42,8 @@ class Dora(Injected):
     refuses: ClassVar[Mapping[Circumstance, str]] = {
         "int8": "the norm of W + B A needs the weight as a matrix, and reading that out of a layer "
         "in 8 bits takes its scales away, so that its next pass fails; use nf4_weights, or lora",
-        "divided": "the norm of W + B A needs the whole weight, of which a process may hold a "
-        "part; use lora",
+        "divided": "the norm of W + B A needs the whole weight, of which each process "
+        "holds a part; use lora, or stage 2",
     }
     config: ClassVar[str] = "LoraConfig"
 
