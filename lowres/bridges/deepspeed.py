@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import logging
 import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowres.bridges import left_locks
@@ -28,6 +26,10 @@ if TYPE_CHECKING:
     from lowres.core.learner import Learner
 
 _STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+_IN_BFLOAT16 = (
+    "zero: under loop.precision bf16 DeepSpeed holds, computes with and saves all weights in "
+    "bfloat16, without autocast; float32 copies of the trained ones are updated"
+)
 
 
 def problem() -> str | None:
@@ -35,25 +37,6 @@ def problem() -> str | None:
     if importlib.util.find_spec("deepspeed") is None:
         return "DeepSpeed is not installed; DS_BUILD_OPS=0 pip install deepspeed"
     return None
-
-
-def settings_from(path: str) -> dict[str, Any]:
-    """A DeepSpeed JSON.
-
-    Raises:
-        InputError: Where it cannot be read or asks for no ZeRO stage.
-    """
-    where = "levers.zero.config"
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError("the recipe", [Problem(where, f"'{path}': {error.strerror}")]) from None
-    except ValueError as error:
-        raise InputError("the recipe", [Problem(where, f"'{path}' is no JSON: {error}")]) from None
-    if not isinstance(found, dict) or "zero_optimization" not in found:
-        text = f"'{path}' has no zero_optimization, so it asks for no ZeRO stage"
-        raise InputError("the recipe", [Problem(where, text)])
-    return found
 
 
 def plugin(settings: Mapping[str, Any]) -> Any:
@@ -76,7 +59,7 @@ def plugin(settings: Mapping[str, Any]) -> Any:
 def complete(
     plugin_: Any, micro_batch_size: int, processes: int, max_grad_norm: float | None
 ) -> None:
-    """Fill in what DeepSpeed wants to know of the loop.
+    """Tell DeepSpeed what it wants to know of the loop; that a JSON says the same was checked.
 
     lowres counts micro-batches itself, so that DeepSpeed sees updates of one.
     """
@@ -91,17 +74,10 @@ def complete(
             "recipes/accelerate/zero2-cpu-offload.yaml, or without a launcher"
         )
     settings = plugin_.deepspeed_config
-    clipping = max_grad_norm or 0.0
-    for key, said, ours in (
-        ("gradient_clipping", clipping, "loop.max_grad_norm"),
-        ("train_micro_batch_size_per_gpu", micro_batch_size, "loop.micro_batch_size"),
-    ):
-        if settings.get(key, "auto") not in ("auto", said):
-            raise ValueError(f"its JSON says {key} {settings[key]}, and {ours} is {said}; say auto")
     settings["train_micro_batch_size_per_gpu"] = micro_batch_size
     settings["gradient_accumulation_steps"] = 1
     settings["train_batch_size"] = micro_batch_size * processes
-    settings["gradient_clipping"] = clipping
+    settings["gradient_clipping"] = max_grad_norm or 0.0
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False
 
@@ -166,6 +142,8 @@ class ZeroUpdates:
         self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._processes = int(self.engine.dp_world_size)
         self._clipping = float(self.engine.gradient_clipping())
+        if self.engine.bfloat16_enabled():
+            self.learner.remarks.append(_IN_BFLOAT16)
 
     def begin(self, lr: float) -> None:
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import os
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from lowres.core.errors import InputError
+
+_BUILDERS = {"ninja": "pip install ninja", "g++": "apt-get install g++"}
+_LIBAIO = "apt-get install libaio-dev"
 
 
 def stop_at_disk(plugin_: Any, folder: Path) -> None:
@@ -20,11 +27,24 @@ def stop_at_disk(plugin_: Any, folder: Path) -> None:
 
 
 def nvme_problem() -> str | None:
-    """Why states cannot be kept on a disk here; None when they can."""
-    if shutil.which("ninja") is None or shutil.which("g++") is None:
-        return "DeepSpeed builds its asynchronous reader with ninja and g++; install both"
-    import ctypes.util
-
+    """Why states cannot be kept on a disk here, with the commands that mend it; None when they
+    can."""
+    lacking = {tool: how for tool, how in _BUILDERS.items() if shutil.which(tool) is None}
+    if lacking:
+        tools, how = " and ".join(lacking), "; ".join(lacking.values())
+        return f"DeepSpeed builds its asynchronous reader with {tools}, not found here: {how}"
     if ctypes.util.find_library("aio") is None:
-        return "libaio is not there; apt-get install libaio-dev"
+        return f"the library libaio is not there: {_LIBAIO}"
+    if not _has_header("libaio.h"):
+        return (
+            "libaio is there without its header libaio.h, which DeepSpeed's asynchronous reader is "
+            f"built with: {_LIBAIO}"
+        )
     return None
+
+
+def _has_header(name: str) -> bool:
+    """Whether the compiler finds it, wherever it looks."""
+    flags = shlex.split(os.environ.get("CFLAGS", ""))
+    command = ["g++", *flags, "-E", "-x", "c++", "-include", name, os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0

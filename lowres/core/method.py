@@ -52,7 +52,7 @@ class Method(Part):
     def check(self, recipe: Recipe) -> Iterator[str]:
         parts = (recipe.freezing, recipe.objective, recipe.optimizer, recipe.procedure)
         for other in (*parts, *recipe.levers):
-            for circumstance in sorted(other.brings & self.refuses.keys()):
+            for circumstance in sorted(other.brought() & self.refuses.keys()):
                 yield f"beside '{other.name}': {self.refuses[circumstance]}"
 
     def apply(self, model: nn.Module, blocks: Blocks) -> nn.Module:

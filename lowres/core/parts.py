@@ -43,13 +43,14 @@ Guard = Literal["gradients", "moved", "frozen", "saved"]
 """Checks of a run while it goes on; `run/guards.py` says what each is."""
 
 Circumstance = Literal[
-    "quantised", "nf4", "int8", "in_backward", "without_gradients", "rotating", "divided", "packed",
-    "chunked", "tiled", "recomputed", "frozen_input",
+    "quantised", "nf4", "int8", "in_backward", "without_gradients", "rotating", "updated_apart",
+    "divided", "packed", "chunked", "tiled", "recomputed", "frozen_input",
 ]  # fmt: skip
 """What a part brings that another may not work with: weights in 4 or 8 bits, and which of the two;
-updates within the backward pass; updates without one; freezing that takes turns; parameters spread
-over processes; several rows in one; logits made slice by slice; feed-forward parts run on slices of
-tokens; blocks run once more in backward; nothing trained at the input."""
+updates within the backward pass; updates without one; freezing that takes turns; gradients taken
+away as they come, and copies updated that overwrite what is trained; weights spread over processes;
+several rows in one; logits made slice by slice; feed-forward parts run on slices of tokens; blocks
+run once more in backward; nothing trained at the input."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -76,6 +77,10 @@ class Part:
     """Guards that do not hold by what the part is: `gradients` of one that makes none."""
 
     brings: ClassVar[frozenset[Circumstance]] = frozenset()
+
+    def brought(self) -> frozenset[Circumstance]:
+        """`brings`; a part may tell it of its fields."""
+        return self.brings
 
     @property
     def name(self) -> str:

@@ -58,10 +58,10 @@ class FrozenPrefixCache(Lever):
                 "freezing 'prefix', or drop the lever"
             )
         for lever in recipe.levers:
-            if lever.whole_process:
+            if "divided" in lever.brought():
                 yield (
-                    f"'{lever.name}' may hold the frozen weights in parts, and they name the file; "
-                    "drop one of the two"
+                    f"'{lever.name}' holds the frozen weights in parts, and they name the file; "
+                    "let it keep them whole (stage 2), or drop one of the two"
                 )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             yield "it makes its file in one process; start one process, or drop the lever"

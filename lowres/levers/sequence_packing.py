@@ -58,7 +58,7 @@ class SequencePacking(Lever):
             )
         most = recipe.loop.micro_batch_size * recipe.loop.max_length
         parts = (recipe.optimizer, *recipe.levers)
-        one_pass = next((p.name for p in parts if "in_backward" in p.brings), None)
+        one_pass = next((p.name for p in parts if "in_backward" in p.brought()), None)
         if self.max_tokens is not None and self.max_tokens < most and one_pass:
             yield (
                 f"max_tokens {self.max_tokens} cuts a micro-batch of up to {most} tokens into "

@@ -9,6 +9,7 @@ what is offloaded (ZeRO-Offload, https://arxiv.org/abs/2101.06840).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -33,6 +34,10 @@ class Zero(Lever):
     States are updated by torch's optimizer where they lie, so no compiler is needed for it. Stages
     1 and 2 are planned; stage 3, nvme and `config` run unplanned.
 
+    Losses are those of the plain run, but for loop.precision bf16: instead of autocast DeepSpeed
+    holds, computes with and saves all weights in bfloat16 and updates float32 copies of the trained
+    ones. Losses are then those of the plain run to the rounding of bfloat16.
+
     Args:
         offload_optimizer: Where states and the update live.
         offload_parameters: Where parameters wait until a layer needs them; stage 3.
@@ -40,10 +45,12 @@ class Zero(Lever):
         bucket_elements: Gradients that are reduced together, in a bucket on the device; a copy of
             it is made where it holds those of several processes.
         pin_memory: Lock the pages of what is offloaded: faster, and cannot be swapped out.
-        config: A DeepSpeed JSON instead of the fields above; `auto` values are filled in.
+        config: A DeepSpeed JSON instead of the fields above. Batch sizes, accumulation, clipping,
+            fp16 and bf16 are the recipe's: leave them out, or say `auto`. Sections `optimizer` and
+            `scheduler` are refused, for the recipe has its own.
     """
 
-    brings: ClassVar[frozenset[Circumstance]] = frozenset({"divided"})
+    brings: ClassVar[frozenset[Circumstance]] = frozenset({"updated_apart"})
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
     whole_process: ClassVar[bool] = True
 
@@ -55,19 +62,29 @@ class Zero(Lever):
     pin_memory: bool = False
     config: str | None = None
 
+    def brought(self) -> frozenset[Circumstance]:
+        try:
+            stage = self._settings()["zero_optimization"]["stage"]
+        except InputError:  # `check` tells of it
+            stage = self.stage
+        return self.brings | ({"divided"} if stage == 3 else set())
+
     def check(self, recipe: Recipe) -> Iterator[str]:
-        from lowres.bridges import deepspeed, deepspeed_disk
+        from lowres.bridges import deepspeed, deepspeed_disk, deepspeed_json
 
         missing = deepspeed.problem()
         if missing is not None:
             yield missing
         yield from self._own_fields()
         try:
-            # What the fields or the JSON say.
-            zero = self._settings()["zero_optimization"]
+            settings = self._settings()
         except InputError as error:
             yield from (problem.text for problem in error.problems)
             return
+        if self.config is not None:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            yield from deepspeed_json.contradictions(settings, recipe, processes)
+        zero = settings["zero_optimization"]
         offloaded = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
         disk = [place for place in offloaded if place.get("device") == "nvme"]
         if disk:
@@ -148,10 +165,10 @@ class Zero(Lever):
         return deepspeed.ZeroUpdates(engine)
 
     def _settings(self) -> Mapping[str, Any]:
-        from lowres.bridges import deepspeed
+        from lowres.bridges import deepspeed_json
 
         if self.config is not None:
-            return deepspeed.settings_from(self.config)
+            return deepspeed_json.settings_from(self.config)
         zero: dict[str, Any] = {
             "stage": self.stage,
             "reduce_bucket_size": self.bucket_elements,

@@ -52,8 +52,8 @@ class Adalora(Injected):
         "in_backward": "importance is weight times gradient, and the gradients would be gone when "
         "it is taken; use lora, or updates after the backward pass",
         "without_gradients": "importance is weight times gradient, and none is made; use lora",
-        "divided": "importance is weight times gradient of whole matrices, and processes hold "
-        "parts of them; use lora",
+        "updated_apart": "importance is weight times gradient, and the gradients are gone when it "
+        "is taken; use lora",
         "rotating": "the budget is shared among all layers, of which only some would have "
         "gradients; use lora, or freezing 'prefix'",
     }

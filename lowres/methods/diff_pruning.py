@@ -56,7 +56,8 @@ class DiffPruning(Adapter):
     # A gate that is surely open gets next to nothing from the data while its weight is zero.
     may_rest: ClassVar[str | None] = "shift_oi"
     refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "divided": "it prunes whole matrices, of which each process holds a part; use 'fish_mask'",
+        "updated_apart": "it prunes between updates, and the next one would bring back what it "
+        "pruned; use 'fish_mask'",
         "rotating": "it prunes all matrices at once, whatever their turns were; use freezing "
         "'prefix'",
         "tiled": "each slice of tokens would draw gates of its own; drop that lever",

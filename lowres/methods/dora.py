@@ -41,8 +41,8 @@ class Dora(Injected):
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 4e-4)
     takes_transposed: ClassVar[bool] = True
     refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "divided": "the norm of W + B A needs the whole weight, of which a process may hold a "
-        "part; use lora",
+        "divided": "the norm of W + B A needs the whole weight, of which each process "
+        "holds a part; use lora, or stage 2",
     }
     config: ClassVar[str] = "LoraConfig"
 

@@ -34,8 +34,8 @@ class Hira(Injected):
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 5e-3)
     takes_transposed: ClassVar[bool] = True
     refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "divided": "the elementwise product wants the whole weight, of which a process may hold a "
-        "part; use lora",
+        "divided": "the elementwise product wants the whole weight, of which each process "
+        "holds a part; use lora, or stage 2",
     }
     config: ClassVar[str] = "HiraConfig"
 

@@ -51,7 +51,8 @@ class Sara(Adapter):
     refuses: ClassVar[Mapping[Circumstance, str]] = {
         "quantised": "a matrix in 4 or 8 bits has few different values, so that which weights are "
         "smallest is not known; hold it in 16 bits, or use 'fish_mask', which asks gradients",
-        "divided": "it reads whole matrices, of which each process holds a part; use 'fish_mask'",
+        "divided": "it reads whole matrices, of which each process holds a part; use stage 2, or "
+        "'fish_mask'",
         "rotating": "it settles weights at half time, whatever their turns were; use freezing "
         "'prefix'",
     }

@@ -286,7 +286,10 @@ def test_a_resumed_run_reads_the_file(pair: Callable[..., Any], in_folder: Path)
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing frozen": ({"freezing": "none"}, "the lowest block is trained"),
-    "divided weights": ({"levers": ["zero"]}, "hold the frozen weights in parts"),
+    "divided weights": (
+        {"levers": [{"name": "zero", "stage": 3}]},
+        "holds the frozen weights in parts",
+    ),
     "a small disk": ({"budget": {"disk_gib": 1e-6}}, "less than the"),
     "part of T5": (
         {"kind": "encoder_decoder", "freezing": {"name": "prefix", "frozen": 1}},
