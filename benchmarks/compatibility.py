@@ -26,6 +26,8 @@ those of the adapter beside the base in `model.dtype`, within the tolerance of `
 ought to work and does not.
 The numbers lead to the reasons at the end. `lowres check RECIPE` reads the same table; `lowres
 bench compatibility` runs what it lacks, and `python -m benchmarks.compatibility` writes this page.
+A line through a cell says that it is none: two levers with LoRA stand under *Pairs of levers*, and no
+lever stands twice. Date and versions are those of the newest cells.
 """
 
 
@@ -60,14 +62,14 @@ def page(table: Table) -> str:
             name = " + ".join(first + second) or "no lever"
             out.append(f"| {name} | " + " | ".join(map(shown, keys)) + " |")
         for name in others:
-            blanks = " |" * len(engines)
+            blanks = " - |" * len(engines)
             out.append(f"| {name} | {shown(Combination(method, (name,)).key)} |{blanks}")
         out.append("")
     out += ["## Pairs of levers\n", f"With {PAIRED_WITH}; the row's lever stands first.\n"]
     out += ["| | " + " | ".join(levers) + " |", "|---|" + "---|" * len(levers)]
     for first in levers:
         keys = [" + ".join((PAIRED_WITH, first, second)) for second in levers]
-        cells = ["" if a == first else shown(k) for a, k in zip(levers, keys, strict=True)]
+        cells = ["-" if a == first else shown(k) for a, k in zip(levers, keys, strict=True)]
         out.append(f"| {first} | " + " | ".join(cells) + " |")
     out += ["", "## Why not", ""]
     out += [f"{number}. {text}" for text, number in reasons.items()]
