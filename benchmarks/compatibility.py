@@ -26,8 +26,8 @@ those of the adapter beside the base in `model.dtype`, within the tolerance of `
 ought to work and does not.
 The numbers lead to the reasons at the end. `lowres check RECIPE` reads the same table; `lowres
 bench compatibility` runs what it lacks, and `python -m benchmarks.compatibility` writes this page.
-A line through a cell says that it is none: two levers with LoRA stand under *Pairs of levers*, and no
-lever stands twice. Date and versions are those of the newest cells.
+`-` is no cell: two levers stand with LoRA under *Pairs of levers*, and no lever stands twice. Date
+and versions are those of the newest cells.
 """
 
 
