@@ -28,6 +28,7 @@ from lowres.core.errors import InputError
 from lowres.memory.live import LiveBytes
 from lowres.run.build import build, engine_of
 from lowres.run.gradients import make_gradients, micro_batches
+from lowres.run.held import held
 from tests.conftest import GATED, KINDS, no_place, sample_part, sampled
 
 LEVERS = registry.names("lever")
@@ -53,6 +54,23 @@ def gradients(one: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)  # of gates that are drawn
     one.objective.loss(built.learner, built.collator(built.train_rows[:8])).backward()
     return {n: p.grad for n, p in built.model.named_parameters() if p.grad is not None}
+
+
+def peak_bytes(one: Any) -> int:
+    """The peak of live bytes of the second of two real updates, each of two micro-batches."""
+    accelerator = accelerate.make(one)
+    built = build(one)
+    module, optimizer = accelerator.prepare(built.model, built.optimizer)
+    learner = dataclasses.replace(built.learner, module=module)
+    engine = engine_of(one, accelerator, learner, optimizer)
+    learner.base.train()
+    for step in range(2):
+        rows = built.train_rows[8 * step : 8 * step + 8]
+        batches = micro_batches(one, learner, rows, one.loop.micro_batch_size)
+        with LiveBytes("cpu", held(learner.base, engine.optimizer)) as counted:
+            make_gradients(one.objective, learner, engine, accelerator, batches, 0)
+            engine.update(1.0, one.loop.max_grad_norm)
+    return counted.peak_bytes
 
 
 @dataclasses.dataclass
@@ -138,25 +156,6 @@ SMOOTH = {"name": "adamw", "lr": 0.3, "eps": 1.0}
 SEEN = 10
 """How many times a tensor's change has to be what rounding may hide: what an update does wrong is
 seen, and what its gradient has wrong is compared by itself."""
-
-
-@pytest.fixture(scope="session")
-def awake(
-    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """The checkpoints with matrices in blocks that neither quench nor swell what passes through. At
-    a deviation of 0.02, that of wide models, a block of width 16 adds next to nothing, and its
-    gradients are lost beside those of the head."""
-    made = {}
-    for kind, plain in checkpoints.items():
-        made[kind] = tmp_path_factory.mktemp("awake") / kind
-        shutil.copytree(plain, made[kind])
-        weights = load_file(plain / "model.safetensors")
-        for name, value in weights.items():
-            if value.ndim == 2 and re.search(r"\.layers?\.\d", name):
-                value *= value.shape[1] ** -0.5 / float(value.std())
-        save_file(weights, made[kind] / "model.safetensors", metadata={"format": "pt"})
-    return made
 
 
 UNIT = 2.0**-24
