@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Goes into every file's name: another layout is another file."""
 KINDS: dict[str, tuple[str, int]] = {
-    "float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2),
+    "float64": ("F64", 8), "float32": ("F32", 4), "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
 }  # fmt: skip
 """Name of torch's type, to safetensors' name and bytes."""
 _PIECE_BYTES = 1 << 24

@@ -209,7 +209,7 @@ class PrefixStates:
 def _integers(states: torch.Tensor) -> NDArray[Any]:
     """The same bytes as integers of that width, which numpy has."""
     found: NDArray[Any] = states.view(
-        {4: torch.int32, 2: torch.int16}[states.element_size()]
+        {8: torch.int64, 4: torch.int32, 2: torch.int16}[states.element_size()]
     ).numpy()
     return found
 

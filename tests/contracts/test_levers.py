@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,20 @@ class Updates:
     before: dict[str, torch.Tensor]
     after: dict[str, torch.Tensor]
 
+    def change(self, name: str) -> torch.Tensor:
+        return self.after[name].double() - self.before[name].double()
 
-def two_updates(one: Any, order: Sequence[int] = range(8)) -> Updates:
-    """Of the rows of each update in an order, which is nothing to its mean."""
+    def rounded(self, name: str) -> float:
+        """What of a change is lost where it is read off the values."""
+        return ROUNDED * float(self.after[name].norm())
+
+
+def two_updates(one: Any, double: bool = False) -> Updates:
+    """In float32, or in float64 from the same weights."""
     accelerator = accelerate.make(one)
     built = build(one)
+    if double:
+        built.model.double()
     module, optimizer = accelerator.prepare(built.model, built.optimizer)
     learner = dataclasses.replace(built.learner, module=module)
     engine = engine_of(one, accelerator, learner, optimizer)
@@ -110,7 +119,7 @@ def two_updates(one: Any, order: Sequence[int] = range(8)) -> Updates:
         parameter.register_hook(functools.partial(add, name=name))
     for step in range(2):
         found.gradients.append({n: torch.zeros_like(p).double() for n, p in trained.items()})
-        rows = [built.train_rows[8 * step + at] for at in order]
+        rows = built.train_rows[8 * step : 8 * step + 8]
         batches = micro_batches(one, learner, rows, one.loop.micro_batch_size)
         loss, _, _ = make_gradients(one.objective, learner, engine, accelerator, batches, 0)
         engine.update(1.0, one.loop.max_grad_norm)
@@ -162,11 +171,9 @@ UNIT = 2.0**-24
 """Float32's largest relative error of one operation."""
 TOLERANCE = 8 * 32 * UNIT
 """Relative, of a tensor's gradient (Frobenius): the bound for a sum over an update's tokens, 8 rows
-of at most 32, that is taken in another order."""
-CANCELLED = 1e-3
-"""Relative: a sum may cancel, and is then as exact as its terms are (one gate's bias; the scale of
-all of a drawn space). Up to here a gradient may be off by three times as much as the recipe without
-the lever is off itself with the rows of its updates in eight other orders."""
+of at most 32, that is taken in another order. What is further off is computed again in float64 on
+both sides and held to the same: a sum may cancel (one gate's bias; the scale of all of a drawn
+space), and is then only as exact as its terms are."""
 ROUNDED = 4 * UNIT
 """Relative to a tensor: what a change read off its values may lose where two runs of two updates
 each round it."""
@@ -174,39 +181,39 @@ BLIND = re.compile(r"\b(k|key|k_proj)\.(.*\.)?bias$")
 """Attention is blind to a bias of all keys: the sum of its gradient vanishes but for rounding."""
 
 
+def apart(plain: Updates, pulled: Updates, name: str) -> float:
+    """How far the gradients and the change of a tensor are apart, in tolerances."""
+    far = []
+    for wanted, found in zip(plain.gradients, pulled.gradients, strict=True):
+        scale = float((one_vector(wanted) if BLIND.search(name) else wanted[name]).norm())
+        off = float((found[name] - wanted[name]).norm())
+        far.append(off / (TOLERANCE * scale) if off else 0.0)
+    change = plain.change(name)
+    off = float((pulled.change(name) - change).norm())
+    allowed = TOLERANCE * float(change.norm()) + plain.rounded(name)
+    return max(*far, off / allowed if off else 0.0)
+
+
 def compare(one: Any, other: Any) -> None:
     """Two updates of each: equal losses, gradients and changes of every trained tensor."""
     plain, pulled = two_updates(one), two_updates(other)
 
     @functools.cache
-    def reordered() -> list[Updates]:
-        assert not one.method.draws, "rows in another order meet other draws"
-        drawn = torch.Generator().manual_seed(0)
-        orders = [torch.randperm(8, generator=drawn).tolist() for _ in range(8)]
-        return [two_updates(one, order) for order in orders]
+    def wide() -> tuple[Updates, Updates]:
+        return two_updates(one, double=True), two_updates(other, double=True)
 
     assert pulled.losses == pytest.approx(plain.losses, rel=TOLERANCE)
     assert pulled.after.keys() == plain.after.keys()
     moved = 0
-    for name, start in plain.before.items():
-        assert torch.equal(pulled.before[name], start), name
-        for update, wanted in enumerate(plain.gradients):
-            scale = float((one_vector(wanted) if BLIND.search(name) else wanted[name]).norm())
-            off = float((pulled.gradients[update][name] - wanted[name]).norm())
-            if TOLERANCE * scale < off <= CANCELLED * scale:
-                others = reordered()
-                own = [float((o.gradients[update][name] - wanted[name]).norm()) for o in others]
-                assert off <= 3 * max(own), (name, off, own)
-            else:
-                assert off <= TOLERANCE * scale, (name, off, scale)
-        change, found_change = (
-            run.after[name].double() - run.before[name].double() for run in (plain, pulled)
-        )
-        size, rounded = float(change.norm()), ROUNDED * float(plain.after[name].norm())
-        off = float((found_change - change).norm())
-        assert off <= TOLERANCE * size + rounded, (name, off, size)
+    for name in plain.before:
+        assert torch.equal(pulled.before[name], plain.before[name]), name
+        off = apart(plain, pulled, name)
+        if off > 1:
+            off = apart(*wide(), name)
+        assert off <= 1, (name, off)
         if any(bool(g[name].any()) for g in plain.gradients) and not BLIND.search(name):
-            assert size > SEEN * rounded, f"{name}: a wrong change of {size} would not be seen"
+            size = float(plain.change(name).norm())
+            assert size > SEEN * plain.rounded(name), f"{name}: {size} would not be seen"
             moved += 1
     assert moved
 
@@ -241,6 +248,11 @@ REFUSED: dict[tuple[str, str | None, str | None], str] = {
 }
 
 
+# What is refused else, and works: all entries that are chosen lie in the decoder, and the encoder
+# is frozen as a whole.
+WORKS = {("frozen_prefix_cache", "fish_mask", "encoder_decoder")}
+
+
 # Pairs that no kind of model takes, in either order, and words of the reason.
 REFUSED_PAIRS: dict[frozenset[str], str] = {
     frozenset(("frozen_offload", "int8_weights")): "hold their weights a second time",
@@ -251,7 +263,8 @@ def reasons(method: str, kind: str, *levers: str, objective: str = "classificati
     """Why levers with a method on a kind of model are refused, in words of each reason; empty:
     they work."""
     found = [text for (lever, m, k), text in REFUSED.items()
-             if lever in levers and m in (None, method) and k in (None, kind)]  # fmt: skip
+             if lever in levers and m in (None, method) and k in (None, kind)
+             and (lever, method, kind) not in WORKS]  # fmt: skip
     found += filter(None, [no_place(method, kind, objective)])
     return found + by_class(method, *levers)
 
@@ -311,7 +324,8 @@ def test_each_exact_lever_is_compared_but_where_it_is_declared_to_be_refused() -
         kinds = [k for k in KINDS if (lever, None, k) not in REFUSED]
         lost = sum(no_place(m, k, "classification") is not None
                    for m in METHODS if m not in never for k in kinds)  # fmt: skip
-        assert compared == (len(METHODS) - len(never)) * len(kinds) - lost
+        more = len([one for one in WORKS if one[0] == lever])
+        assert compared == (len(METHODS) - len(never)) * len(kinds) - lost + more
         assert len(kinds) >= 1 and len(never) <= 2
 
 
