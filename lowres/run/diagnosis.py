@@ -214,21 +214,18 @@ def _disk(name: str, folder: Path, mend: str) -> Check:
 
 
 def _tools() -> Iterator[Check]:
-    """What DeepSpeed builds its fused CPU Adam and NVMe offload with."""
+    """What DeepSpeed builds its offload to NVMe with; nothing else of it is built here."""
     if sys.platform != "linux":
         return
     compiler = shutil.which("g++") or shutil.which("c++")
     ninja = shutil.which("ninja") or ("the Python package" if find_spec("ninja") else None)
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     aio = ctypes.util.find_library("aio")
-    adam = "only DeepSpeed's fused CPU Adam needs it"
-    yield _tool("g++", compiler, adam, "apt-get install g++")
-    yield _tool("ninja", ninja, adam, "apt-get install ninja-build")
-    if _cards():
-        yield _tool("nvcc", nvcc, adam, "apt-get install nvidia-cuda-toolkit")
-    else:
-        yield Check("nvcc", "ok", nvcc or "not there, nor needed without a CUDA device")
-    yield _tool("libaio", aio, "only offload to NVMe needs it", "apt-get install libaio-dev")
+    disk = "only offload to NVMe needs it"
+    yield _tool("g++", compiler, disk, "apt-get install g++")
+    yield _tool("ninja", ninja, disk, "apt-get install ninja-build")
+    yield Check("nvcc", "ok", nvcc or "not there, nor needed")
+    yield _tool("libaio", aio, disk, "apt-get install libaio-dev")
 
 
 def _tool(name: str, found: str | None, use: str, mend: str) -> Check:
