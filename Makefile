@@ -31,6 +31,7 @@ slow: $(VENV)/installed-test
 
 results: $(VENV)/installed
 	$(BIN)/python benchmarks/make_results.py
+	$(BIN)/python -m benchmarks.methods_found
 
 # The tables of docs/planning.md, from records.
 planning: $(VENV)/installed

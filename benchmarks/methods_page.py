@@ -74,7 +74,7 @@ def memory_table(records: dict[str, dict[str, Any]]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for name, figures in sorted(measured.items(), key=lambda item: item[1]["peak_bytes"]):
-        saves, not_ = _saved(figures, full)
+        saves, not_ = saved(figures, full)
         rows.append(
             f"| `{name}` | {format_bytes(figures['saved_bytes'])} "
             f"| {format_bytes(figures['gradient_bytes'])} "
@@ -94,7 +94,7 @@ def memory_table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(out).rstrip()
 
 
-def _saved(figures: dict[str, int], full: dict[str, int]) -> tuple[str, str]:
+def saved(figures: dict[str, int], full: dict[str, int]) -> tuple[str, str]:
     """In words, what is at most `NOTABLE` of full fine-tuning's, and what is not."""
     parts = {
         "gradients and states": ("gradient_bytes", "state_bytes"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -47,7 +48,7 @@ def command(
         raise InputError("the command", ["--set changes what is counted, and goes with --model"])
     fields = _fields(cls)
     text = registry.docstring(family, name)
-    facts = _facts(cls, text) if family == "method" else {}
+    facts = _facts(cls, name, text) if family == "method" else {}
     if as_json:
         out = {"family": family, "name": name, "about": text, "fields": fields, **facts}
         if model is not None:
@@ -81,7 +82,7 @@ def _fields(cls: Any) -> list[dict[str, Any]]:
     return fields
 
 
-def _facts(cls: Any, text: str) -> dict[str, Any]:
+def _facts(cls: Any, name: str, text: str) -> dict[str, Any]:
     """What a method says of itself."""
     paper = re.search(r"^Paper: (.*?)(?:\n\n|\Z)", text, flags=re.DOTALL | re.MULTILINE)
     return {
@@ -91,8 +92,22 @@ def _facts(cls: Any, text: str) -> dict[str, Any]:
         "starts_as_base": cls.starts_as_base,
         "trains_weights": cls.trains_weights,
         "learning_rates": list(cls.learning_rate_hint),
+        "over_few_bits": {
+            kind: not cls.trains_weights and not {"quantised", kind} & cls.refuses.keys()
+            for kind in ("nf4", "int8")
+        },
         "refuses": dict(cls.refuses),
+        "measured": _measured(name),
     }
+
+
+def _measured(name: str) -> dict[str, Any]:
+    """What runs told of a method, as it ships with lowres; empty where none was made."""
+    import lowres
+
+    file = Path(lowres.__file__).parent / "assets" / "methods" / "found.json"
+    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get(name, {})
+    return told
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -101,9 +116,23 @@ def _print_facts(facts: dict[str, Any]) -> None:
     typer.echo(f"\nclass: {facts['taxonomy']}")
     typer.echo(f"mergeable: {'yes' if facts['mergeable'] else 'no'}")
     typer.echo(f"starts as the checkpoint: {begins}")
-    if facts["trains_weights"]:
-        typer.echo("trains the checkpoint's own matrices: they cannot be held in 4 or 8 bits")
+    bits = [words for kind, words in (("nf4", "4 bits"), ("int8", "8 bits"))
+            if facts["over_few_bits"][kind]]  # fmt: skip
+    why = ": it trains the checkpoint's own matrices" if facts["trains_weights"] else ""
+    typer.echo(f"over weights in fewer bits: {' and '.join(bits) or f'no{why}'}")
+    measured = facts["measured"]
+    if measured:
+        typer.echo(
+            f"saves, beside full fine-tuning: {measured['saves']}; does not save: "
+            f"{measured['does_not_save']} (one shape on a CPU, docs/methods.md)"
+        )
     typer.echo(f"learning rates: {low:g} to {high:g}")
+    for told in measured.get("rates", ()):
+        rates = ", ".join(f"{rate:g}" for rate in told["tried"])
+        typer.echo(
+            f"  best of {rates} in runs: {told['best']:g} ({told['task']}, {told['model']}, "
+            f"{told['optimizer']})"
+        )
     typer.echo("refuses:" if facts["refuses"] else "refuses: nothing")
     for circumstance, why in facts["refuses"].items():
         typer.echo(f"  {circumstance}: {why}")

@@ -62,7 +62,8 @@ def test_every_method_can_be_shown(name: str) -> None:
     assert 0 < low <= high
     assert isinstance(shown["mergeable"], bool)
     text = CliRunner().invoke(app, ["method", name]).output
-    for word in ("class: ", "mergeable: ", "starts as the checkpoint: ", "refuses: ", "keys"):
+    for word in ("class: ", "mergeable: ", "starts as the checkpoint: ", "refuses: ", "keys",
+                 "over weights in fewer bits: ", "saves, beside full fine-tuning: "):  # fmt: skip
         assert word.strip() in text
 
 
@@ -77,6 +78,19 @@ def test_a_method_is_counted_on_a_model(command: Callable[..., Any]) -> None:
     assert f"{told['trainable']:,}" in command(
         "show", "method", "lora", "--model", TINY, "--set", "method.rank=4"
     ).stdout  # fmt: skip
+
+
+def test_what_runs_told_is_shown_as_it_was_recorded(command: Callable[..., Any]) -> None:
+    """Reference: `python -m benchmarks.methods_found` would change nothing."""
+    from benchmarks.methods_found import ASSET, found, text
+
+    assert ASSET.read_text(encoding="utf-8") == text()
+    rates = {one["task"]: one for one in found()["lora"]["rates"]}
+    assert rates["sst2"]["best"] == 0.008 and rates["sst2"]["tried"] == [0.002, 0.008, 0.032]
+    shown = command("show", "method", "lora").stdout
+    assert "best of 0.002, 0.008, 0.032 in runs: 0.008 (sst2, " in shown
+    assert "over weights in fewer bits: 4 bits and 8 bits" in shown
+    assert "no: it trains the checkpoint's own" in command("show", "method", "full").stdout
 
 
 @pytest.mark.parametrize("name", registry.names("method"))

@@ -1,0 +1,69 @@
+"""What was measured of methods, for `lowres show method`: what each saves, rates that were best.
+
+    python -m benchmarks.methods_found
+
+Writes `lowres/assets/methods/found.json` from the records of `python -m benchmarks.methods` and of
+the searches of learning rates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.levers import ROOT
+from benchmarks.methods import records
+from benchmarks.methods_page import saved
+
+ASSET = ROOT / "lowres" / "assets" / "methods" / "found.json"
+SEARCHES = ROOT / "benchmarks" / "records"
+METRICS = ("log_likelihood", "matthews", "accuracy")
+"""Of the held-out rows; the first that a record has is what its rate was chosen by."""
+
+
+def found() -> dict[str, Any]:
+    """Method to what it saves and does not, and the best rate of each search."""
+    measured = {n: r["measured"] for n, r in records().items() if "measured" in r}
+    rates = best_rates()
+    out: dict[str, Any] = {}
+    for name, figures in sorted(measured.items()):
+        saves, not_ = saved(figures, measured["full"])
+        out[name] = {"saves": saves, "does_not_save": not_, "rates": rates.get(name, [])}
+    return out
+
+
+def best_rates() -> dict[str, list[dict[str, Any]]]:
+    """Of each method the best rate of each search of several, with those that were tried."""
+    tried: dict[tuple[str, ...], dict[float, float]] = defaultdict(dict)
+    for file in sorted(SEARCHES.glob("*/cpu/search/*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        recipe = record["recipe"]
+        scores = {s["metric"]: s["value"] for s in record["scores"] if s["split"] == "held_out"}
+        score = next(scores[m] for m in METRICS if m in scores)
+        task, model = recipe["task"]["name"], recipe["model"]["checkpoint"]
+        key = (recipe["method"]["name"], file.parent.parent.parent.name, task, model,
+               recipe["optimizer"]["name"])  # fmt: skip
+        tried[key][recipe["optimizer"]["lr"]] = score
+    out: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for (method, _, task, model, optimizer), scored in tried.items():
+        # All the same: nothing was learned, and nothing is best.
+        if len(set(scored.values())) > 1:
+            best = max(scored, key=lambda rate: scored[rate])
+            told = {"best": best, "tried": sorted(scored), "task": task, "model": model,
+                    "optimizer": optimizer}  # fmt: skip
+            out[method].append(told)
+    return out
+
+
+def text() -> str:
+    return json.dumps(found(), indent=1) + "\n"
+
+
+def main() -> None:
+    Path(ASSET).write_text(text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
