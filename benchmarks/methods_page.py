@@ -37,11 +37,7 @@ def taxonomy_table(records: dict[str, dict[str, Any]]) -> str:
 
 def _over_few_bits(cls: Any) -> str:
     """Whether the method works beside weights in 4 and 8 bits, or in which of them."""
-    taken = [
-        words
-        for kind, words in (("nf4", "4 bits"), ("int8", "8 bits"))
-        if not cls.trains_weights and not {"quantised", kind} & cls.refuses.keys()
-    ]
+    taken = [{"nf4": "4 bits", "int8": "8 bits"}[kind] for kind in cls.few_bits()]
     return {0: "no", 1: f"{''.join(taken)} only", 2: "yes"}[len(taken)]
 
 

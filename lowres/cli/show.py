@@ -92,10 +92,7 @@ def _facts(cls: Any, name: str, text: str) -> dict[str, Any]:
         "starts_as_base": cls.starts_as_base,
         "trains_weights": cls.trains_weights,
         "learning_rates": list(cls.learning_rate_hint),
-        "over_few_bits": {
-            kind: not cls.trains_weights and not {"quantised", kind} & cls.refuses.keys()
-            for kind in ("nf4", "int8")
-        },
+        "over_few_bits": cls.few_bits(),
         "refuses": dict(cls.refuses),
         "measured": _measured(name),
     }
@@ -116,8 +113,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
     typer.echo(f"\nclass: {facts['taxonomy']}")
     typer.echo(f"mergeable: {'yes' if facts['mergeable'] else 'no'}")
     typer.echo(f"starts as the checkpoint: {begins}")
-    bits = [words for kind, words in (("nf4", "4 bits"), ("int8", "8 bits"))
-            if facts["over_few_bits"][kind]]  # fmt: skip
+    bits = [{"nf4": "4 bits", "int8": "8 bits"}[kind] for kind in facts["over_few_bits"]]
     why = ": it trains the checkpoint's own matrices" if facts["trains_weights"] else ""
     typer.echo(f"over weights in fewer bits: {' and '.join(bits) or f'no{why}'}")
     measured = facts["measured"]

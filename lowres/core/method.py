@@ -49,6 +49,14 @@ class Method(Part):
     refuses: ClassVar[Mapping[Circumstance, str]] = {}
     """Why it cannot work so, with what to do instead; nothing where it can."""
 
+    @classmethod
+    def few_bits(cls) -> list[Literal["nf4", "int8"]]:
+        """Forms of weights in fewer bits beside which it works."""
+        kinds: tuple[Literal["nf4", "int8"], ...] = ("nf4", "int8")
+        if cls.trains_weights or "quantised" in cls.refuses:
+            return []
+        return [kind for kind in kinds if kind not in cls.refuses]
+
     def check(self, recipe: Recipe) -> Iterator[str]:
         parts = (recipe.freezing, recipe.objective, recipe.optimizer, recipe.procedure)
         for other in (*parts, *recipe.levers):

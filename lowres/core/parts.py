@@ -72,7 +72,8 @@ class Part:
     family: ClassVar[str]
     sample_fields: ClassVar[Mapping[str, Any]] = {}
     """Values for fields without a default, and for those whose default is too large for the models
-    of the tests. For tests alone: what is told or measured of a part is told of its defaults."""
+    of the tests. For tests and the compatibility table, which run on such models: what else is told
+    or measured of a part is told of its defaults."""
     waives: ClassVar[frozenset[Guard]] = frozenset()
     """Guards that do not hold by what the part is: `gradients` of one that makes none."""
 

@@ -56,14 +56,22 @@ def gradients(one: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in built.model.named_parameters() if p.grad is not None}
 
 
-def peak_bytes(one: Any) -> int:
-    """The peak of live bytes of the second of two real updates, each of two micro-batches."""
+def prepared(one: Any, double: bool = False) -> tuple[Any, Any, Any, Any]:
+    """Accelerator, what is built, learner and engine, as a run begins."""
     accelerator = accelerate.make(one)
     built = build(one)
+    if double:
+        built.model.double()
     module, optimizer = accelerator.prepare(built.model, built.optimizer)
     learner = dataclasses.replace(built.learner, module=module)
     engine = engine_of(one, accelerator, learner, optimizer)
     learner.base.train()
+    return accelerator, built, learner, engine
+
+
+def peak_bytes(one: Any) -> int:
+    """The peak of live bytes of the second of two real updates, each of two micro-batches."""
+    accelerator, built, learner, engine = prepared(one)
     for step in range(2):
         rows = built.train_rows[8 * step : 8 * step + 8]
         batches = micro_batches(one, learner, rows, one.loop.micro_batch_size)
@@ -96,14 +104,7 @@ class Updates:
 
 def two_updates(one: Any, double: bool = False) -> Updates:
     """In float32, or in float64 from the same weights."""
-    accelerator = accelerate.make(one)
-    built = build(one)
-    if double:
-        built.model.double()
-    module, optimizer = accelerator.prepare(built.model, built.optimizer)
-    learner = dataclasses.replace(built.learner, module=module)
-    engine = engine_of(one, accelerator, learner, optimizer)
-    learner.base.train()
+    accelerator, built, learner, engine = prepared(one, double)
     trained = {n: p for n, p in learner.base.named_parameters() if p.requires_grad}
     # Away from where methods begin, at which one factor's gradient vanishes as the other is zero.
     drawn = torch.Generator().manual_seed(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from benchmarks import freezing, methods, methods_page
 from benchmarks.planner.tables import PAGE, filled
 from lowres.core import registry
+from lowres.core.method import Method
 from tests.conftest import sampled
 
 
@@ -51,7 +51,7 @@ def test_the_page_on_methods_tells_4_bits_from_8(
     trains: bool, refuses: dict[str, str], says: str
 ) -> None:
     """Closed form."""
-    method = SimpleNamespace(trains_weights=trains, refuses=refuses)
+    method = type("Made", (Method,), {"trains_weights": trains, "refuses": refuses})
     assert methods_page._over_few_bits(method) == says
 
 
