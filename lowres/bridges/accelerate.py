@@ -50,6 +50,9 @@ def make(recipe: Recipe) -> Any:
             deepspeed.complete(
                 made.deepspeed_plugin, loop.micro_batch_size, made.num_processes, loop.max_grad_norm
             )
+        if options["mixed_precision"] == "fp16" and made.device.type == "cpu":
+            # accelerate says nothing and computes in float32.
+            raise ValueError("there is no float16 on a CPU; set loop.precision to bf16 or no")
         return made
     except (ValueError, RuntimeError) as error:
         if divides:

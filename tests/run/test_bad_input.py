@@ -169,6 +169,15 @@ def test_what_only_the_data_or_the_model_can_tell(
     refused(recipe(**changes), tmp_path, expected)
 
 
+def test_float16_on_a_cpu(
+    recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: accelerate by itself would compute in float32 and say nothing."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    expected = "'fp16' does not work on this device: there is no float16 on a CPU; set"
+    refused(recipe(loop={"precision": "fp16"}), tmp_path, expected)
+
+
 def test_an_output_folder_is_never_overwritten(recipe: Callable[..., Any], tmp_path: Path) -> None:
     """Behaviour: what lies there stays as it was."""
     (tmp_path / "out").mkdir()
