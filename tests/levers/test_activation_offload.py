@@ -21,8 +21,8 @@ from lowres.run.build import build
 from lowres.run.plan import plan
 from lowres.run.rehearsal import rehearse
 from tests.conftest import KINDS, sampled
-from tests.contracts.test_levers import SMOOTH, compare, peak_bytes
 from tests.planner.conftest import config_folder, planned_recipe
+from tests.updates import SMOOTH, compare, peak_bytes
 
 __all__ = ["config_folder", "planned_recipe"]
 

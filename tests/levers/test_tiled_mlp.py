@@ -17,8 +17,8 @@ from lowres.memory.live import LiveBytes, tensors_of
 from lowres.run.build import build
 from lowres.run.plan import plan
 from tests.conftest import awaken
-from tests.contracts.test_levers import SMOOTH, compare, peak_bytes
 from tests.planner.conftest import config_folder, planned_recipe
+from tests.updates import SMOOTH, compare, peak_bytes
 
 __all__ = ["config_folder", "planned_recipe"]
 
