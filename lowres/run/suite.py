@@ -24,7 +24,8 @@ from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
 from lowres.core.parts import part
 from lowres.core.reading import load_recipe
-from lowres.core.record import RunRecord
+from lowres.core.recipe import Recipe
+from lowres.core.record import RunRecord, Score
 from lowres.run.output import RECORD
 
 
@@ -45,8 +46,11 @@ class Search:
         values: For each recipe the values to try; equally many for all, so that none is favoured.
         times_hint: In place of `values`: factors on the upper end of the learning rates that the
             recipe's method recommends.
+        then_times: On tasks after the first, in place of all that: factors on what the first chose.
         settings: `key=value` changes for the search runs, such as held-out rows to score on.
-        split, metric: What decides; the largest value wins. Without a metric the task's main one.
+        split, metric: What decides. Without a metric the task's main one. Of the values whose score
+            is within one standard error of the best, the smallest is taken: the final runs are
+            longer, and at the largest rate that one run survived another seed may fail.
     """
 
     key: str
@@ -55,6 +59,7 @@ class Search:
     metric: str | None = None
     values: dict[str, tuple[float, ...]] = field(default_factory=dict)
     times_hint: tuple[float, ...] = ()
+    then_times: tuple[float, ...] = ()
 
 
 @part
@@ -133,6 +138,7 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
         RunFailed: At the end, with the names of those that left no result.
     """
     chosen: dict[tuple[str, str], list[str]] = {}
+    first: dict[str, float] = {}
     out, failed = [], []
     for seed in suite.seeds:
         for group, task_settings, entries in _groups(suite, say):
@@ -141,9 +147,15 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
                 settings = [*suite.settings, *task_settings, *own]
                 if (group, name) in chosen:
                     continue
+                if suite.search is None:
+                    chosen[group, name] = settings
+                    continue
+                search, tried = suite.search, home / "search"
                 try:
-                    found = _searched(suite, name, recipe, settings, home / "search", scratch, say)
-                    chosen[group, name] = [*settings, *found]
+                    values = _values(search, name, load_recipe(recipe, settings), first.get(name))
+                    best = _searched(search, name, recipe, settings, values, tried, scratch, say)
+                    first.setdefault(name, best)
+                    chosen[group, name] = [*settings, f"{search.key}={best!r}"]
                 except RunFailed as error:
                     say(str(error))
                     failed.append(f"{group}/{name}")
@@ -191,20 +203,26 @@ def _groups(
         yield f"{suite.name}-{task}", settings, entries
 
 
+def _values(search: Search, name: str, plain: Recipe, before: float | None) -> list[float]:
+    """What to try, from small to large; `before` is what an earlier task chose."""
+    if before is not None and search.then_times:
+        made = [before * factor for factor in search.then_times]
+    elif name in search.values:
+        return sorted(search.values[name])
+    else:
+        highest = plain.method.learning_rate_hint[1]
+        made = [highest * factor for factor in search.times_hint]
+    return sorted(float(f"{value:.3g}") for value in made)
+
+
 def _searched(
-    suite: Suite, name: str, recipe: str, settings: Sequence[str], home: Path, scratch: Path,
-    say: Callable[[str], None],
-) -> list[str]:  # fmt: skip
-    """The setting with the best score on the search split; the smaller one among equals."""
-    search = suite.search
-    if search is None:
-        return []
-    plain = load_recipe(recipe, settings)
-    metric = search.metric or plain.task.metric
-    highest = plain.method.learning_rate_hint[1]
-    values = search.values.get(name) or [float(f"{highest * f:.3g}") for f in search.times_hint]
-    found: dict[float, float] = {}
-    for value in sorted(values):
+    search: Search, name: str, recipe: str, settings: Sequence[str], values: Sequence[float],
+    home: Path, scratch: Path, say: Callable[[str], None],
+) -> float:  # fmt: skip
+    """The smallest value that scores as the best one does, but for one standard error."""
+    metric = search.metric or load_recipe(recipe, settings).task.metric
+    found: dict[float, Score] = {}
+    for value in values:
         changes = [*settings, *search.settings, f"{search.key}={value!r}"]
         try:
             record = _one(recipe, changes, home / f"{name}-{value:g}.json", scratch, say)
@@ -214,13 +232,14 @@ def _searched(
         for score in record.final_scores():
             asked = (score.split, score.metric) == (search.split, metric)
             if asked and math.isfinite(score.value):
-                found[value] = score.value
+                found[value] = score
     if not found:
         raise RunFailed(f"no run of '{name}' scored {metric} on {search.split}")
-    best = max(found, key=lambda value: found[value])
-    table = ", ".join(f"{value:g}: {score:.3f}" for value, score in found.items())
+    top = max(found.values(), key=lambda score: score.value)
+    best = min(v for v, score in found.items() if score.value >= top.value - top.stderr)
+    table = ", ".join(f"{v:g}: {s.value:.3f} +- {s.stderr:.3f}" for v, s in found.items())
     say(f"{name}: {search.key} {best:g} ({search.split} {metric} by value: {table})")
-    return [f"{search.key}={best!r}"]
+    return best
 
 
 def _one(

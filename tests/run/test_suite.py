@@ -11,6 +11,7 @@ import yaml
 from lowres.core import registry
 from lowres.core.errors import InputError
 from lowres.core.reading import load_recipe
+from lowres.core.record import Score
 from lowres.run import suite as suite_module
 
 
@@ -42,7 +43,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         class Record:
             @staticmethod
             def final_scores() -> list[Any]:
-                named = {"split": "held_out", "metric": "accuracy", "value": rate}
+                named = {"split": "held_out", "metric": "accuracy", "value": rate, "stderr": 0.0}
                 return [type("Score", (), named)]
 
         return Record()
@@ -70,6 +71,48 @@ def test_a_cut_leaves_whole_comparisons(
     assert len(ran) - len(finals) == 2 * len(names) * 2
     first = ran.index(finals[0])
     assert all(folder == "several-a" for folder, _ in ran[:first])
+
+
+@pytest.mark.parametrize(("stderr", "taken"), [(0.0, 4.0), (0.09, 4.0), (0.11, 2.0), (9.0, 1.0)])
+def test_of_what_scores_alike_the_smallest_is_taken(
+    stderr: float, taken: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Closed form: within one standard error of the best, which 8 is not: it left no number."""
+    scores = {1.0: 0.2, 2.0: 0.7, 4.0: 0.8, 8.0: float("nan")}
+
+    def one(recipe: str, changes: Any, *_: Any) -> Any:
+        rate = float(changes[-1].partition("=")[2])
+        score = Score("held_out", "accuracy", scores[rate], stderr, 50, None, 1)
+        return type("Record", (), {"final_scores": staticmethod(lambda: [score])})
+
+    monkeypatch.setattr(suite_module, "_one", one)
+    search = suite_module.load(written(tmp_path)).search
+    assert search is not None
+    recipe = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    found = suite_module._searched(
+        search, "lora", recipe, [], list(scores), tmp_path, tmp_path, lambda _: None
+    )
+    assert found == taken
+
+
+def test_later_tasks_search_around_what_the_first_chose(
+    ran: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed form: twice LoRA's highest rate, 1e-3, was best; then that and half of it."""
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    (tmp_path / "quickstart.yaml").symlink_to(recipe)
+    monkeypatch.chdir(tmp_path)
+    methods = {"recipe": "quickstart.yaml", "names": ["lora"],
+               "tasks": {"a": [], "b": [], "c": []}}  # fmt: skip
+    search = {"key": "optimizer.lr", "times_hint": [2, 0.5], "then_times": [1, 0.5],
+              "split": "held_out", "settings": ["task.hold_out=50"]}  # fmt: skip
+    loaded = suite_module.load(written(tmp_path, methods=methods, search=search))
+    suite_module.run(loaded, tmp_path / "records", tmp_path / "scratch", lambda _: None)
+    highest = registry.load("method", "lora").learning_rate_hint[1]
+    tried = {task: [s for f, s in ran if f == f"several-{task}" and "seed" not in s]
+             for task in "abc"}  # fmt: skip
+    assert tried["a"] == [f"lora-{highest * f:g}" for f in (0.5, 2)]
+    assert tried["b"] == tried["c"] == [f"lora-{highest * f:g}" for f in (1, 2)]
 
 
 def test_methods_are_compared_with_their_own_defaults(
