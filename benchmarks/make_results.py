@@ -7,6 +7,7 @@ scores.
 from __future__ import annotations
 
 import statistics
+import string
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,7 +22,8 @@ INTRODUCTION = (
     "the runs it comes\nfrom. Mean +- standard deviation over seeds; *majority* is the same metric "
     "when the training split's majority\nlabel is always predicted. *Live* is the peak of bytes "
     "held by live tensors, *resident* the peak resident memory\nof the process over its value "
-    "before loading; they are different quantities.\n"
+    "before loading; they are different quantities. Times of an update are from runs one\nafter "
+    "the other on machines that others used too: what differs by a tenth may not differ.\n"
 )
 
 
@@ -46,10 +48,12 @@ def section(folder: Path) -> list[str]:
     # Of each split the metric that the task reports first.
     main = {s.split: s for s in reversed(first.final_scores())}
     splits = [(s.split, s.metric) for s in first.final_scores() if main[s.split] is s]
+    machines = list(dict.fromkeys(machine(r) for runs in found.values() for _, r in runs))
+    marks = dict(zip(machines, string.ascii_uppercase, strict=False)) if len(machines) > 1 else {}
     lines = [
         f"## {folder.parent.name} on {folder.name}",
         "",
-        f"{first.recipe['model']['checkpoint']}, {env['device_name']}, {env['threads']} threads, "
+        f"{first.recipe['model']['checkpoint']}, {told(machines, marks)}, "
         f"torch {env['versions']['torch']}, transformers {env['versions']['transformers']}, peft "
         f"{env['versions']['peft']}.",
         "",
@@ -79,18 +83,35 @@ def section(folder: Path) -> list[str]:
             for pair in splits
         ]
         m = [r.measured for r in records]
-        steps = [x.step_time.p50_seconds for x in m if x.step_time]
+        steps: dict[str, list[float]] = defaultdict(list)
+        for r in records:
+            if r.measured.step_time:
+                steps[marks.get(machine(r), "")].append(r.measured.step_time.p50_seconds)
         trained = m[0].parameters.trainable if m[0].parameters else 0
         cells = [
             name, links, f"{records[0].recipe['optimizer']['lr']:g}", format_count(trained),
             *scores,
             format_bytes(max(x.peak_live_bytes or 0 for x in m)),
             format_bytes(max(x.peak_resident_bytes or 0 for x in m)),
-            format_seconds(statistics.median(steps)) if steps else "-",
+            ", ".join(f"{format_seconds(statistics.median(t))} {mark}".strip()
+                      for mark, t in sorted(steps.items())) or "-",
             format_bytes(m[0].checkpoint_bytes), format_bytes(m[0].saved_bytes),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, *searched(folder, found), ""]
+
+
+def machine(record: RunRecord) -> str:
+    """What the times of a run depend on."""
+    return f"{record.environment['device_name']}, {record.environment['threads']} threads"
+
+
+def told(machines: list[str], marks: dict[str, str]) -> str:
+    """The machines of a table; where there are several, their letters stand beside the times."""
+    if not marks:
+        return machines[0]
+    named = "; ".join(f"{marks[name]}: {name}" for name in machines)
+    return f"several machines, whose times are not to be compared with one another ({named})"
 
 
 def best_first(runs: list[tuple[Path, RunRecord]], split: str, metric: str) -> float:
