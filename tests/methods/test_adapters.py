@@ -497,13 +497,3 @@ def test_terms_that_do_not_divide_the_width_are_refused_with_what_does() -> None
     """Behaviour."""
     with pytest.raises(InputError, match="3 does not divide the 16 features.*use 2"):
         adapted(family("opt"), "compacter", terms=3)
-
-
-@pytest.mark.parametrize("method", ["compacter", "compacter_pp"])
-def test_a_shared_factor_is_refused_where_blocks_take_turns(
-    method: str, recipe: Callable[..., Any]
-) -> None:
-    """Behaviour: the first block would hold the factor and be frozen with it."""
-    with pytest.raises(InputError, match="beside 'lisa': the factor that all blocks share"):
-        recipe(method=method, freezing={"name": "lisa", "at_once": 1, "period": 2})
-    assert part_of(method).uneven()

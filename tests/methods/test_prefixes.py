@@ -378,15 +378,6 @@ def test_frozen_blocks_have_no_prefix(method: str, recipe: Callable[..., Any]) -
     assert len(owners) == 3
 
 
-def test_taking_turns_is_refused_only_where_something_is_shared(recipe: Callable[..., Any]) -> None:
-    """Behaviour: the refusal names the way out."""
-    turns = {"name": "badam", "period": 2}
-    for method in PREFIXED:
-        with pytest.raises(InputError, match="set method.mlp to null"):
-            recipe(method=method, freezing=turns)
-    recipe(method={"name": "prefix_tuning", "mlp": None}, freezing=turns)
-
-
 @pytest.mark.parametrize("method", PREFIXED)
 def test_another_attention_function_is_refused(method: str, recipe: Callable[..., Any]) -> None:
     """Behaviour: a prefix would be passed by in silence, when made as when loaded."""
