@@ -303,6 +303,24 @@ def test_what_is_missing_is_not_stored(tmp_path: Path) -> None:
     assert trained_count(model) == sites * (2 * kept + 16 + 8)
 
 
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_a_sparse_adapter_may_stand_behind_the_feed_forward_part_alone(name: str) -> None:
+    """Reference: of the places behind both parts those where `pfeiffer` stands, with as much in
+    each; closed form: half of the count."""
+    places: dict[str, dict[str, torch.Size]] = {}
+    for key, method, fields in (("both", "sparse_adapter", {"sites": "both"}),
+                                ("one", "sparse_adapter", {"sites": "feed_forward"}),
+                                ("pfeiffer", "pfeiffer", {})):  # fmt: skip
+        model = adapted(family(name), method, reduction=2, **fields)
+        places[key] = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+        places[key + " at"] = {n.partition(".lowres_delta_parts")[0]: torch.Size()
+                               for n in places[key]}  # fmt: skip
+    assert places["one at"] == places["pfeiffer at"]
+    assert places["one"].items() < places["both"].items()
+    both, one = (sum(s.numel() for s in places[key].values()) for key in ("both", "one"))
+    assert both == 2 * one > 0
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_a_sparse_layer_follows_autocast(kind: torch.dtype) -> None:
     """Reference: the dense layer under autocast; one rounding of the sum apart."""

@@ -137,6 +137,28 @@ def test_it_is_what_peft_makes_of_the_configuration_written_by_hand(name: str) -
     assert not torch.equal(logits(ours), logits(llama()))
 
 
+@pytest.mark.parametrize(("variant", "each"), [("road_2", 2), ("road_4", 4)])
+def test_other_forms_of_road_are_peft_s(variant: Any, each: int) -> None:
+    """Reference: PEFT without lowres, from the same seed, bit for bit, with angles and scales that
+    differ within a pair; closed form: so many numbers for each output."""
+    config = peft.RoadConfig(variant=variant, group_size=8, target_modules=EVERY)
+    ours = adapt(llama(), method("road", variant=variant, group_size=8))
+    theirs = peft.get_peft_model(llama(), config).eval()
+    there = trained(theirs)
+    assert trained(ours).keys() == there.keys()
+    assert sum(p.numel() for p in there.values()) == LAYERS * each * sum(
+        outputs for _, outputs in LINEAR.values()
+    )
+    for path, parameter in trained(ours).items():
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            there[path].copy_(parameter)
+    for model in (ours, theirs):
+        train(model)
+    assert torch.equal(logits(ours), logits(theirs))
+    assert not torch.allclose(logits(ours), logits(llama()), atol=1e-3)
+
+
 def test_dora_is_what_peft_makes_of_the_configuration_written_by_hand() -> None:
     """Reference: PEFT without lowres, from the same seed, before and after training. Ours adds in
     another order, so both work in float64; tolerance: its rounding, over three updates of Adam.
