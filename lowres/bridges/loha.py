@@ -15,12 +15,8 @@ from lowres.core.delta import features
 from lowres.core.errors import LowresError
 
 
-class LoHaLinear4bit(Linear):
-    """LoHa whose change is as large as the features of its layer say."""
-
-    def create_adapter_parameters(self, adapter_name: str, r: int, shape: tuple[int, ...]) -> None:
-        inputs, outputs = features(self.get_base_layer())
-        super().create_adapter_parameters(adapter_name, r, (outputs, inputs))
+class LoHaLinear(Linear):
+    """LoHa whose change is (outputs, inputs), however the weight is stored."""
 
     def get_delta_weight(
         self, adapter_name: str, *, apply_rank_dropout: bool = False
@@ -33,6 +29,14 @@ class LoHaLinear4bit(Linear):
             kept = drawn.to(weight).unsqueeze(1)
             weight = weight * (kept / kept.mean())
         return weight
+
+
+class LoHaLinear4bit(LoHaLinear):
+    """LoHa whose change is as large as the features of its layer say."""
+
+    def create_adapter_parameters(self, adapter_name: str, r: int, shape: tuple[int, ...]) -> None:
+        inputs, outputs = features(self.get_base_layer())
+        super().create_adapter_parameters(adapter_name, r, (outputs, inputs))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise LowresError(

@@ -19,16 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear:
-    """A layer that an adapter goes to.
-
-    Args:
-        transposed: Whether it holds its weight as (inputs, outputs).
-    """
+    """A layer that an adapter goes to."""
 
     path: str
     inputs: int
     outputs: int
-    transposed: bool
 
 
 def inject_named(
@@ -79,7 +74,7 @@ def _as_given(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tens
 def linears(model: nn.Module, blocks: Blocks, targets: str) -> list[Linear]:
     """The layers that these targets mean, as `linear_targets` takes them."""
     there = _meant(model, linear_targets(model, blocks, targets))
-    return [Linear(path, *features(m), _is_transposed(m)) for path, m in there]
+    return [Linear(path, *features(m)) for path, m in there]
 
 
 def _meant(model: nn.Module, targets: Sequence[str]) -> list[tuple[str, nn.Module]]:

@@ -21,7 +21,7 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-import lowres.bridges.loha  # noqa: F401  (makes its own form known, too)
+import lowres.bridges.conv1d  # noqa: F401  (makes its own forms known, too)
 from lowres.bridges.delta_config import DeltaConfig, LowresPeftType
 from lowres.core.delta import Delta
 from lowres.core.errors import LowresError

@@ -6,9 +6,9 @@ adapters, disabling, merging).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -36,6 +36,10 @@ class Delta(nn.Module):
     Parameters are made in float32 or the base's type and may be cast by PEFT: what is computed with
     them takes its input to their type and gives the result in the output's (`cast`).
     """
+
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Parameters and modules of it that deltas in other blocks use, too: they belong to no block,
+    and train whichever block's turn it is."""
 
     def __init__(
         self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
@@ -98,6 +102,15 @@ class Tap(Delta):
         kept, self._kept = self._kept, None
         assert kept is not None, "the tapped module was not called before"
         return kept
+
+
+def shared_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those that deltas inside a module share with deltas elsewhere."""
+    for delta in module.modules():
+        if isinstance(delta, Delta) and delta.shared:
+            for name, parameter in delta.named_parameters():
+                if name.partition(".")[0] in delta.shared:
+                    yield parameter
 
 
 def nearest(before: Sequence[Delta], kind: type[Delta]) -> Delta | None:

@@ -41,7 +41,8 @@ class Rotation:
     """Does what the freezing of a run says at each update; nothing where it does not rotate.
 
     What a block trained is frozen when it leaves, and its optimizer states are dropped: kept, they
-    would add up to those of the whole model.
+    would add up to those of the whole model. What blocks share trains in every period, in whichever
+    of them it lies.
 
     Args:
         model: Before adapters are put around it.
@@ -61,9 +62,12 @@ class Rotation:
         if self._freezing is None:
             return
         if self._now is None:
+            from lowres.core.delta import shared_parameters
+
+            shared = {id(p) for b in self._blocks.values() for p in shared_parameters(b)}
             self._own = {
-                name: [p for p in block.parameters() if p.requires_grad]
-                for name, block in self._blocks.items()
+                name: [p for p in b.parameters() if p.requires_grad and id(p) not in shared]
+                for name, b in self._blocks.items()
             }
         now = self._freezing.active(self._names, step // self._freezing.period)
         if now == self._now:

@@ -4,7 +4,7 @@ Paper: BAdam: A Memory Efficient Full Parameter Optimization Method for Large La
 Luo et al. 2024, algorithm 1. https://arxiv.org/abs/2404.02827
 
 Departs from the paper: any optimizer, not Adam alone; a classification head that was made anew
-trains all the time.
+trains all the time, and so does what blocks share of an adapter.
 """
 
 from __future__ import annotations

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from lowres.core.blocks import Blocks
     from lowres.core.delta import Piece
 
-ROTATING = (
-    "the factor that all blocks share lives in the first of them and would be frozen with it while "
-    "others train; use a freezing that stays, or method 'pfeiffer'"
-)
 SHARED = "all blocks share a factor, which the first of them holds"
 
 Activation = Literal["relu", "gelu", "swish", "tanh"]

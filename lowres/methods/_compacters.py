@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from lowres.core.method import Taxonomy
-from lowres.core.parts import Circumstance, PositiveInt, part
+from lowres.core.parts import PositiveInt, part
 from lowres.methods._adapter import Adapter
-from lowres.methods._adapters import ROTATING, SHARED, Activation, hypercomplex
+from lowres.methods._adapters import SHARED, Activation, hypercomplex
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,6 @@ class Compacters(Adapter):
     # 3e-3 in the paper; 1e-3 is the upper end of Scaling Down to Scale Up
     # (https://arxiv.org/abs/2303.15647).
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-3, 3e-3)
-    refuses: ClassVar[Mapping[Circumstance, str]] = {"rotating": ROTATING}
 
     reduction: PositiveInt = 32
     activation: Activation = "gelu"

@@ -27,8 +27,6 @@ class Injected(Method):
     mergeable: ClassVar[bool] = True
     config: ClassVar[str]
     """The name of PEFT's configuration class."""
-    takes_transposed: ClassVar[bool] = False
-    """Whether it knows layers whose weights are (input, output), as GPT-2's are."""
 
     targets: str = "all-linear"
 
@@ -51,13 +49,7 @@ class Injected(Method):
         return adapted
 
     def _stop_at(self, layer: Linear) -> None:
-        if layer.transposed and not self.takes_transposed:
-            why: str | None = (
-                "it holds its weight as (inputs, outputs), which the method does not know; use "
-                "lora, or a model with other layers than Conv1D"
-            )
-        else:
-            why = self.misfit(layer.inputs, layer.outputs)
+        why = self.misfit(layer.inputs, layer.outputs)
         if why:
             problem = Problem("method", f"'{self.name}' at {layer.path}: {why}")
             raise InputError("the recipe", [problem])

@@ -173,6 +173,8 @@ class HypercomplexAdapter(Delta):
     Settings: `reduction` (D / M), `activation`, `terms` (J), `rank` (R).
     """
 
+    shared = ("rule",)
+
     def __init__(
         self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
     ) -> None:

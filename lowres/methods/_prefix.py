@@ -23,6 +23,8 @@ class KeyValuePrefix(Delta):
     Settings: `length` (P), `mlp` (M, None for a table), `group`, `heads` (K), `width` (E).
     """
 
+    shared = ("vectors", "down")
+
     def __init__(
         self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
     ) -> None:

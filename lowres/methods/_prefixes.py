@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from lowres.core.parts import Circumstance, PositiveInt, part
+from lowres.core.parts import PositiveInt, part
 from lowres.methods._adapter import Adapter
 
 if TYPE_CHECKING:
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
 
     from lowres.core.blocks import Blocks
     from lowres.core.delta import Delta, Piece
-    from lowres.core.recipe import Recipe
 
 
 @part
@@ -26,17 +24,9 @@ class Prefixed(Adapter):
     """
 
     starts_as_base: ClassVar[bool] = False
-    refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "rotating": "attentions of one kind share what makes their prefixes, which would freeze "
-        "with the first block; set method.mlp to null"
-    }
 
     length: PositiveInt
     mlp: PositiveInt | None
-
-    def check(self, recipe: Recipe) -> Iterator[str]:
-        if self.mlp is not None:
-            yield from super().check(recipe)
 
     def uneven(self) -> str | None:
         return None if self.mlp is None else "blocks share what their prefixes are made of"

@@ -59,7 +59,6 @@ class Adalora(Injected):
     }
     # Written is what the cuts have left.
     waives: ClassVar[frozenset[Guard]] = frozenset({"saved"})
-    takes_transposed: ClassVar[bool] = True
     config: ClassVar[str] = "AdaLoraConfig"
 
     initial_rank: PositiveInt = 12

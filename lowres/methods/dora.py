@@ -39,7 +39,6 @@ class Dora(Injected):
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     # Appendix of the paper: 1e-4 for LLaMA3-8B, 2e-4 for the others.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 4e-4)
-    takes_transposed: ClassVar[bool] = True
     refuses: ClassVar[Mapping[Circumstance, str]] = {
         "divided": "the norm of W + B A needs the whole weight, of which each process "
         "holds a part; use lora, or stage 2",

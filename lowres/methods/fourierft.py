@@ -33,7 +33,6 @@ class Fourierft(Injected):
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     # Appendix of the paper: 1e-3 to 1e-1.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
-    takes_transposed: ClassVar[bool] = True
     sample_fields: ClassVar[Mapping[str, Any]] = {"frequencies": 32}
     config: ClassVar[str] = "FourierFTConfig"
 

@@ -32,7 +32,6 @@ class Hira(Injected):
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     # The range of lora, widened: the change is relative to weights far below 1.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 5e-3)
-    takes_transposed: ClassVar[bool] = True
     refuses: ClassVar[Mapping[Circumstance, str]] = {
         "divided": "the elementwise product wants the whole weight, of which each process "
         "holds a part; use lora, or stage 2",

@@ -44,8 +44,8 @@ class IntrinsicSaid(Adapter):
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-3, 3e-2)
     mergeable: ClassVar[bool] = True
     refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "rotating": "all blocks share one vector, and blocks that take turns would leave it frozen "
-        "with the block that holds it; use 'lora', or freezing 'prefix'"
+        "rotating": "what it trains is one vector of all blocks, beside a single number for each "
+        "layer, so that next to nothing would take turns; use 'lora', or freezing 'prefix'"
     }
 
     dimension: PositiveInt = 2000

@@ -37,7 +37,6 @@ class LoraFa(Injected):
     # The range of lora.
     learning_rate_hint: ClassVar[tuple[float, float]] = (5e-5, 1e-3)
     config: ClassVar[str] = "LoraConfig"
-    takes_transposed: ClassVar[bool] = True
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 8

@@ -40,8 +40,8 @@ class Lorta(Adapter):
     learning_rate_hint: ClassVar[tuple[float, float]] = (4e-4, 2e-2)
     mergeable: ClassVar[bool] = True
     refuses: ClassVar[Mapping[Circumstance, str]] = {
-        "rotating": "all blocks share one tensor, and blocks that take turns would leave it frozen "
-        "with the block that holds it; use 'lora', or freezing 'prefix'"
+        "rotating": "all that it trains is one tensor of all blocks, and nothing would take turns; "
+        "use 'lora', or freezing 'prefix'"
     }
 
     rank: PositiveInt = 64

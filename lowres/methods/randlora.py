@@ -33,7 +33,6 @@ class Randlora(Injected):
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     # The range of lora.
     learning_rate_hint: ClassVar[tuple[float, float]] = (5e-5, 1e-3)
-    takes_transposed: ClassVar[bool] = True
     config: ClassVar[str] = "RandLoraConfig"
 
     targets: str = "paper"

@@ -29,7 +29,6 @@ class Rslora(Injected):
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     # The range of lora: at rank 64 and alpha 16 the scale is 2.
     learning_rate_hint: ClassVar[tuple[float, float]] = (5e-5, 1e-3)
-    takes_transposed: ClassVar[bool] = True
     config: ClassVar[str] = "LoraConfig"
 
     rank: PositiveInt = 64

@@ -33,7 +33,6 @@ class Vera(Injected):
     taxonomy: ClassVar[Taxonomy] = "reparametrisation"
     # Appendix of the paper: 4e-3 to 1e-2 on GLUE, ten times LoRA's.
     learning_rate_hint: ClassVar[tuple[float, float]] = (4e-3, 2e-2)
-    takes_transposed: ClassVar[bool] = True
     config: ClassVar[str] = "VeraConfig"
 
     targets: str = "paper"

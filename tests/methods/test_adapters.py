@@ -303,6 +303,24 @@ def test_what_is_missing_is_not_stored(tmp_path: Path) -> None:
     assert trained_count(model) == sites * (2 * kept + 16 + 8)
 
 
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_a_sparse_adapter_may_stand_behind_the_feed_forward_part_alone(name: str) -> None:
+    """Reference: of the places behind both parts those where `pfeiffer` stands, with as much in
+    each; closed form: half of the count."""
+    places: dict[str, dict[str, torch.Size]] = {}
+    for key, method, fields in (("both", "sparse_adapter", {"sites": "both"}),
+                                ("one", "sparse_adapter", {"sites": "feed_forward"}),
+                                ("pfeiffer", "pfeiffer", {})):  # fmt: skip
+        model = adapted(family(name), method, reduction=2, **fields)
+        places[key] = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+        places[key + " at"] = {n.partition(".lowres_delta_parts")[0]: torch.Size()
+                               for n in places[key]}  # fmt: skip
+    assert places["one at"] == places["pfeiffer at"]
+    assert places["one"].items() < places["both"].items()
+    both, one = (sum(s.numel() for s in places[key].values()) for key in ("both", "one"))
+    assert both == 2 * one > 0
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_a_sparse_layer_follows_autocast(kind: torch.dtype) -> None:
     """Reference: the dense layer under autocast; one rounding of the sum apart."""
@@ -497,13 +515,3 @@ def test_terms_that_do_not_divide_the_width_are_refused_with_what_does() -> None
     """Behaviour."""
     with pytest.raises(InputError, match="3 does not divide the 16 features.*use 2"):
         adapted(family("opt"), "compacter", terms=3)
-
-
-@pytest.mark.parametrize("method", ["compacter", "compacter_pp"])
-def test_a_shared_factor_is_refused_where_blocks_take_turns(
-    method: str, recipe: Callable[..., Any]
-) -> None:
-    """Behaviour: the first block would hold the factor and be frozen with it."""
-    with pytest.raises(InputError, match="beside 'lisa': the factor that all blocks share"):
-        recipe(method=method, freezing={"name": "lisa", "at_once": 1, "period": 2})
-    assert part_of(method).uneven()

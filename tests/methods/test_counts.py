@@ -82,6 +82,42 @@ def test_a_method_trains_as_much_as_in_the_study(
     assert abs(found - wanted) <= unit, found
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "count"),
+    [
+        # A block: queries, keys, values, output, two norms and the last layer d each, one of 4 d.
+        ("gpt2", {"n_embd": 768, "n_layer": 12}, 12 * 11 * 768 + 768),
+        ("gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}, 24 * 11 * 1024 + 1024),
+        # Beside the blocks: the norm of the embeddings, and of the head for masked words a layer, a
+        # norm and one for each word.
+        ("bert", {"hidden_size": 768, "num_hidden_layers": 12}, 12 * 11 * 768 + 3 * 768 + 30522),
+        ("bert", {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+                  "intermediate_size": 4096}, 24 * 11 * 1024 + 3 * 1024 + 30522),
+    ],
+)  # fmt: skip
+def test_bitfit_trains_every_bias(family: str, sizes: dict[str, Any], count: int) -> None:
+    """Closed form, from the configuration alone, at published sizes."""
+    from transformers import BertConfig, GPT2Config
+
+    from lowres.run.counts import trainable_count
+
+    config = {"gpt2": GPT2Config, "bert": BertConfig}[family](**sizes)
+    cls: Any = registry.load("method", "bitfit")
+    assert trainable_count(cls(), config) == count
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bitfit_has_nothing_to_train_in_t5(model: str) -> None:
+    """Behaviour: its layers and norms have no biases, and what is called a bias of its attention is
+    a table of relative positions. Refused, with what has some."""
+    from lowres.core.errors import InputError
+    from lowres.run.counts import trainable_count
+
+    cls: Any = registry.load("method", "bitfit")
+    with pytest.raises(InputError, match="has no bias.*use lora, or a model with biases"):
+        trainable_count(cls(), config_of(model))
+
+
 def test_there_are_rows() -> None:
     """Behaviour: the study's 15 methods on three models, but for the one figure that it lacks."""
     assert len(COUNTS) == 15

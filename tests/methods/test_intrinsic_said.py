@@ -142,6 +142,6 @@ def test_backward_keeps_the_input_alone() -> None:
 
 
 def test_blocks_that_take_turns_are_refused(recipe: Callable[..., Any]) -> None:
-    """Behaviour: the vector would be frozen with the first block."""
-    with pytest.raises(InputError, match="share one vector"):
+    """Behaviour: there is next to nothing that could."""
+    with pytest.raises(InputError, match="one vector of all blocks"):
         recipe(method="intrinsic_said", freezing={"name": "lisa", "at_once": 1})

@@ -130,5 +130,5 @@ def test_what_has_no_place_for_it_is_refused_with_the_reason(recipe: Callable[..
     """Behaviour: fused queries, keys and values; blocks that take turns."""
     with pytest.raises(InputError, match="queries, keys and values at once"):
         adapted(gpt2(), "lorta")
-    with pytest.raises(InputError, match="share one tensor"):
+    with pytest.raises(InputError, match="one tensor of all blocks"):
         recipe(method="lorta", freezing={"name": "lisa", "at_once": 1})

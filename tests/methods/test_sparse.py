@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,49 @@ def test_sara_is_refused_over_few_bits(recipe: Callable[..., Any]) -> None:
     """Behaviour: with another way."""
     with pytest.raises(InputError, match="few different values"):
         recipe(method="sara", levers=[{"name": "nf4_weights"}], objective="label_words")
+
+
+def test_gates_of_diff_pruning_are_hard_concrete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed form: `z = clamp(3 sigmoid(logit u + log alpha) - 1.5, 0, 1)` of given draws u, in the
+    forward pass and its gradients; without a draw u = 1/2. Of evenly spaced u as many gates are
+    open as the penalty expects, to the spacing and the 1e-4 that draws keep from their ends."""
+    from lowres.methods._gated import GatedDelta
+
+    o, i, start = 40, 50, -1.25
+    torch.manual_seed(0)
+    base = nn.Linear(i, o).double()
+    delta = GatedDelta(base, {"log_alpha": start, "gate_rate": 10.0}).double().train()
+    nn.init.normal_(delta.change_oi)
+    drawn = ((torch.randperm(o * i) + 0.5) / (o * i)).view(o, i).double()
+    monkeypatch.setattr(torch, "rand_like", lambda like: drawn.clone())
+    expected = float(delta.expected_gates().detach()) / (o * i)
+    assert expected == pytest.approx(1 / (1 + math.exp(-start)))
+    open_ = float((delta.gates() > 0).double().mean())
+    assert open_ == pytest.approx(expected, abs=1 / (o * i) + 1e-4)
+
+    nn.init.normal_(delta.shift_oi, std=0.2)
+    alpha = torch.exp(start + 10 * delta.shift_oi.detach()).requires_grad_()
+    w = delta.change_oi.detach().clone().requires_grad_()
+    x = torch.randn(3, i).double()
+
+    def wanted(u: torch.Tensor) -> torch.Tensor:
+        odds = u / (1 - u) * alpha
+        return base(x) + x @ ((3 * odds / (1 + odds) - 1.5).clamp(0, 1) * w).T
+
+    y = delta.around(base, x)
+    torch.testing.assert_close(y, wanted(drawn), atol=1e-10, rtol=0)
+    y.square().sum().backward()
+    wanted(drawn).square().sum().backward()
+    torch.testing.assert_close(delta.change_oi.grad, w.grad, atol=1e-8, rtol=1e-8)
+    assert alpha.grad is not None
+    # d alpha / d shift = 10 alpha
+    torch.testing.assert_close(delta.shift_oi.grad, 10 * alpha * alpha.grad, atol=1e-8, rtol=1e-8)
+    assert 0 < int((delta.shift_oi.grad == 0).sum()) < o * i  # clamped gates pass nothing on
+    delta.eval()
+    usual = wanted(torch.full_like(drawn, 0.5))
+    torch.testing.assert_close(delta.around(base, x), usual, atol=1e-10, rtol=0)
+    delta.fold(base, 1)
+    torch.testing.assert_close(base(x), usual.detach(), atol=1e-10, rtol=0)
 
 
 def test_diff_pruning_keeps_the_largest_changes_with_open_gates(make: Callable[..., Built]) -> None:

@@ -104,12 +104,14 @@ def train(one: Any, built: Any, steps: int = 3) -> list[float]:
     batch, losses = batch_of(built), []
     for group in built.optimizer.param_groups:
         group["lr"] = 1e-2
+    built.model.train()
     for _ in range(steps):
         loss = one.objective.loss(built.learner, batch) / one.objective.targets(batch)
         loss.backward()
         built.optimizer.step()
         built.optimizer.zero_grad()
         losses.append(loss.item())
+    built.model.eval()  # gates of diff_pruning are drawn in training
     return losses
 
 
