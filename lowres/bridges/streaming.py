@@ -166,9 +166,10 @@ def stream(model: nn.Module, names: tuple[str, ...], resident: int) -> int:
             _stay_behind(block, frozen.keys() - shared)
             found.append((block, slots))
     streamed = Streamed([slots for _, slots in found], resident)
+    kind: host.Memory = "pinned" if host.pins(torch.device("cpu")) else "pageable"
     for number, (block, slots) in enumerate(found):
         for slot in slots:
-            slot.host = host.mark(slot.host.to("cpu"))
+            slot.host = host.mark(slot.host.to("cpu"), kind)
             slot.point(slot.host)
         setattr(block, _MARK, streamed)
         block.forward = _streaming(block.forward, streamed, number)  # type: ignore[method-assign]

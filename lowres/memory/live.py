@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._seen:
             return
         size_bytes = storage.nbytes()
-        on_host = host.allocating() or host.holds(tensor)
+        on_host = host.kind_of(tensor) is not None
         self._seen[key] = weakref.finalize(storage, self._gone, key, size_bytes, on_host)
         if on_host:
             self.host_bytes += size_bytes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import lowres
 from lowres.bridges.streaming import streamed_tensors
@@ -74,23 +76,49 @@ def test_only_the_resident_blocks_are_copied(
     assert pulled_backward == backward + copies - masters
 
 
+def tensors_of_a_block(packed: bool) -> list[int]:
+    """Bytes of each frozen tensor of a block of width 256: 4 heads, 2 of them for keys and values,
+    and 640 hidden units, in 16 bits; or matrices in 4 bits with their doubly quantised scales."""
+    norms = [2 * 256] * 2
+    matrices = [256 * 256, 128 * 256, 128 * 256, 256 * 256] + [256 * 640] * 3
+    if not packed:
+        return norms + [2 * count for count in matrices]
+    return norms + [
+        size
+        for count in matrices
+        for size in (count // 2, count // 64, 4 * 16, 4, 4 * -(-count // 64 // 256), 4 * 256)
+    ]
+
+
+def test_beside_a_cpu_the_plan_of_the_host_is_what_is_asked_for(
+    planned_recipe: Callable[..., Any],  # noqa: F811
+) -> None:
+    """Closed form: nothing is pinned there, so nothing is rounded."""
+    config = {"hidden_size": 256, "intermediate_size": 640}
+    found = plan(planned_recipe(config, levers=[LEVER]), devices.of_torch(torch.device("cpu")))
+    assert found.phases["steady_steps"].host_bytes == 9 * sum(tensors_of_a_block(packed=False))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("levers", [[], ["nf4_weights", "gradient_checkpointing"]])
 def test_on_a_card_the_plan_falls_by_all_blocks_but_two(
     levers: list[str],
     planned_recipe: Callable[..., Any],  # noqa: F811
 ) -> None:
-    """Closed form: seven of nine alike blocks are never on the card; all nine are on the host, and
-    the whole depth is traced, which is told."""
+    """Closed form: seven of nine alike blocks are never on the card; all nine are on the host, each
+    tensor in a power of two; and the whole depth is traced, which is told."""
     config = {"hidden_size": 256, "intermediate_size": 640}
     card = devices.generic(8.0)
     before = plan(planned_recipe(config, levers=levers), card)
     after = plan(planned_recipe(config, levers=[*levers, LEVER]), card)
     phase = "steady_steps"
+    sizes = tensors_of_a_block(packed=bool(levers))
+    block = sum(sizes)
     host = after.phases[phase].host_bytes
-    assert host > 0 and host % 9 == 0 and before.phases[phase].host_bytes == 0
-    assert before.phases[phase].live_bytes - after.phases[phase].live_bytes == 7 * host // 9
-    assert before.phases["load"].live_bytes - after.phases["load"].live_bytes >= host
+    assert host == 9 * sum(2 ** math.ceil(math.log2(size)) for size in sizes) > 9 * block
+    assert before.phases[phase].host_bytes == 0
+    assert before.phases[phase].live_bytes - after.phases[phase].live_bytes == 7 * block
+    assert before.phases["load"].live_bytes - after.phases["load"].live_bytes >= 9 * block
     assert after.needed_bytes < before.needed_bytes
     assert after.host_needed_bytes > host
     assert any("the whole depth was traced" in note for note in after.notes)
