@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-Memory = Literal["pageable", "pinned"]
-"""Pinned is page-locked: copies to and from it need not wait for the host."""
+Memory = Literal["pageable", "pinned", "mapped"]
+"""Pinned is page-locked: copies to and from it need not wait for the host. Mapped is a file's, of
+which the host holds what its system caches."""
 
 
 class _Here(threading.local):
@@ -37,6 +38,11 @@ def planning(device: str) -> Iterator[None]:
         yield
     finally:
         _planned.reset(token)
+
+
+def planned() -> bool:
+    """Whether a plan is made, and nothing is to be written."""
+    return _planned.get() is not None
 
 
 def pins(device: torch.device) -> bool:

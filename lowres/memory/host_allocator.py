@@ -1,4 +1,5 @@
-"""What the host gives for the tensors that wait there: pinned ones get more than they ask for.
+"""What the host gives for the tensors that wait there: pinned ones get more than they ask for,
+those in files nothing.
 
 torch takes pinned memory in powers of two, splits none of it, and keeps what is given back for the
 next tensor of the same power. Rounding ends above `pinned_max_round_threshold`, a setting that is
@@ -21,8 +22,9 @@ def given_bytes(trace: Trace) -> list[int]:
     free: Counter[int] = Counter()
     given = [now]
     for number, size in zip(trace.tensors, trace.sizes, strict=True):
-        if trace.births[number].host != "pinned":
-            now += size
+        kind = trace.births[number].host
+        if kind != "pinned":
+            now += 0 if kind == "mapped" else size
         elif size < 0:
             free[rounded(-size)] += 1
         elif free[rounded(size)]:
@@ -31,6 +33,11 @@ def given_bytes(trace: Trace) -> list[int]:
             now += rounded(size)
         given.append(now)
     return given
+
+
+def disk_bytes(trace: Trace) -> int:
+    """Of the tensors that wait in files."""
+    return sum(birth.bytes for birth in trace.births if birth.host == "mapped")
 
 
 def rounded(size_bytes: int) -> int:

@@ -20,7 +20,7 @@ from lowres.memory import device as devices
 from lowres.memory.allocator import CachingAllocator, smallest_capacity
 from lowres.memory.catalogue import Device
 from lowres.memory.extend import DoesNotRepeat
-from lowres.memory.host_allocator import given_bytes
+from lowres.memory.host_allocator import disk_bytes, given_bytes
 from lowres.memory.roofline import DATASHEET, MEASURED, Rates, paged_bytes, step_time
 from lowres.memory.summary import Summary
 from lowres.memory.trace import Trace
@@ -97,6 +97,7 @@ def plan(
         fits=None if card is None or card.kind == "cpu" else device_fits(needed_bytes, card),
         host_needed_bytes=host_bytes,
         host_fits=host_fits(recipe, host_bytes, device),
+        disk_bytes=disk_bytes(done.host),
         trainable=done.trainable,
         total=done.total,
         step=step_of(device, done, None if card is None else room_of(card, needed_bytes)),
