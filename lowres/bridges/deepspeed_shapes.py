@@ -76,7 +76,7 @@ class Partitions(torch.optim.Optimizer):
 
     Args:
         offload: States, masters and gradients of the part are in host memory.
-        pinned: Host memory is page-locked, which torch rounds up to powers of two.
+        pinned: Host memory is page-locked.
     """
 
     def __init__(
@@ -131,10 +131,9 @@ class Partitions(torch.optim.Optimizer):
         """Memory where the part is: on the host when it is offloaded."""
         if not self._apart:
             return torch.empty(elements, dtype=dtype)
-        size = elements * dtype.itemsize
-        rounded = (1 << (size - 1).bit_length()) // dtype.itemsize if self._pinned else elements
-        with host.memory():
-            return host.mark(torch.empty(rounded, dtype=dtype))[:elements]
+        kind: host.Memory = "pinned" if self._pinned else "pageable"
+        with host.memory(kind):
+            return host.mark(torch.empty(elements, dtype=dtype), kind)
 
     def there(self) -> contextlib.AbstractContextManager[None]:
         """While it lasts, what is allocated lies where the part is."""

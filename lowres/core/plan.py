@@ -137,6 +137,7 @@ class MemoryPlan:
             replayed allocator runs through every phase, with the context.
         fits: Whether the card offers that; None without a card.
         host_needed_bytes: Resident memory of the process at its peak.
+        disk_bytes: Of weights that wait in files.
         host_fits: Against `budget.host_gib` or, where the plan is for this machine, its memory.
         shapes: What the rows were taken from: the data, or assumed.
         blocks: Lengths of the runs of blocks that are built alike.
@@ -165,6 +166,7 @@ class MemoryPlan:
     planning_seconds: float
     blocks: list[int]
     schema: int = 1
+    disk_bytes: int = 0
     changes: list[Change] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -71,19 +71,15 @@ class HostOptimizer(torch.optim.Optimizer):
     ) -> torch.Tensor:
         """A copy in one of two buffers of host memory, which hold the largest parameter.
 
-        They are pinned where that speeds copies up. torch rounds pinned memory up to a power of
-        two and keeps it for the next step: hence two buffers instead of one for each size.
+        Two buffers, for torch keeps pinned memory for the next tensor of about that size, and the
+        parameters have many.
         """
         if source.numel() == 1:  # which is a real number in a plan, beside a buffer that is not
             return source.detach().to("cpu", dtype or source.dtype, copy=True)
         if not self._staging:
             parameters = [p for group in self._inner.param_groups for p in group["params"]]
-            largest = max(max(p.nbytes for p in parameters), 4)
-            floats = 1 << (-(-largest // 4) - 1).bit_length()
-            self._staging = [
-                host.mark(torch.empty(floats, dtype=torch.float32, pin_memory=source.is_cuda))
-                for _ in range(2)
-            ]
+            floats = -(-max(p.nbytes for p in parameters) // 4)
+            self._staging = [host.empty(floats, torch.float32, source.device) for _ in range(2)]
         there = self._staging[number].view(dtype or source.dtype)[: source.numel()]
         return there.view(source.shape).copy_(source)
 

@@ -3,7 +3,7 @@
 A dispatch mode sees every tensor that an operation returns; a storage counts from the first time it
 is seen until the last tensor over it dies. Bytes are what the storage asks for, without the
 allocator's rounding, so the figure is exact and the same on every run. What levers keep in host
-memory (`core.host`) is counted apart.
+memory (`core.host`) is counted apart, and what waits in files is not counted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._seen:
             return
         size_bytes = storage.nbytes()
-        on_host = host.allocating() or host.holds(tensor)
+        kind = host.kind_of(tensor)
+        if kind == "mapped":
+            return
+        on_host = kind is not None
         self._seen[key] = weakref.finalize(storage, self._gone, key, size_bytes, on_host)
         if on_host:
             self.host_bytes += size_bytes

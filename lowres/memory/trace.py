@@ -6,6 +6,8 @@ import bisect
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lowres.core.host import Memory
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,7 +30,7 @@ class Birth:
         operation: The ATen operation.
         width: Last dimension of the tensor, by which logits are told from other tensors.
         category: Set where it is known from the start (weights), else found afterwards.
-        on_host: Kept in host memory by a lever, off the device.
+        host: The kind of host memory in which a lever keeps it; None is the device.
     """
 
     bytes: int
@@ -38,7 +40,7 @@ class Birth:
     operation: str
     width: int
     category: str = ""
-    on_host: bool = False
+    host: Memory | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -94,19 +96,19 @@ class Trace:
 
     def apart(self) -> tuple[Trace, Trace]:
         """The events of the device, with all costs, and those of host memory."""
-        if not any(b.on_host for b in self.births):
+        if all(b.host is None for b in self.births):
             return self, Trace(marks=[(name, 0) for name, _ in self.marks])
         out = []
         for on_host in (False, True):
-            kept = [e for e, t in enumerate(self.tensors) if self.births[t].on_host == on_host]
-            numbers = {t: n for n, t in enumerate(t for t, b in enumerate(self.births)
-                                                  if b.on_host == on_host)}  # fmt: skip
+            ours = [(b.host is not None) == on_host for b in self.births]
+            kept = [e for e, t in enumerate(self.tensors) if ours[t]]
+            numbers = {t: n for n, t in enumerate(t for t, own in enumerate(ours) if own)}
             out.append(
                 Trace(
                     tensors=[numbers[self.tensors[e]] for e in kept],
                     sizes=[self.sizes[e] for e in kept],
                     places=[self.places[e] for e in kept],
-                    births=[b for b in self.births if b.on_host == on_host],
+                    births=[b for b, own in zip(self.births, ours, strict=True) if own],
                     marks=[(name, bisect.bisect_left(kept, at)) for name, at in self.marks],
                     costs=[] if on_host else self.costs,
                     unknown={} if on_host else self.unknown,

@@ -241,7 +241,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         width = tensor.shape[-1] if tensor.dim() else 0
         number = self._born(size, place, str(func), width, category, module)
-        self.trace.births[number].on_host = host.allocating() or host.holds(tensor)
+        self.trace.births[number].host = host.kind_of(tensor)
         self._numbers[key] = number
 
         def gone(_: Any) -> None:

@@ -131,6 +131,8 @@ def _way_out(changes: Sequence[Change]) -> str:
 def _host(plan: MemoryPlan) -> str:
     """Host memory in one sentence."""
     text = f"The process needs {format_bytes(plan.host_needed_bytes)} of the host's memory"
+    if plan.disk_bytes:
+        text += f", beside {format_bytes(plan.disk_bytes)} in files"
     budget = (plan.recipe.get("budget") or {}).get("host_gib")
     if budget is not None:
         bound = f"the budget of {format_bytes(gib_to_bytes(budget))}"

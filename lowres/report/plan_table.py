@@ -42,6 +42,7 @@ def print_plan(plan: MemoryPlan) -> None:
     out.print(
         f"parameters: {format_count(plan.trainable)} trained of {format_count(plan.total)}; "
         f"host memory: {format_bytes(plan.host_needed_bytes)}"
+        + (f"; on disk: {format_bytes(plan.disk_bytes)}" if plan.disk_bytes else "")
     )
     out.print(
         f"shapes: {plan.shapes}; depth: {plan.depth}; planned in {plan.planning_seconds:.1f} s"

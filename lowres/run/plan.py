@@ -20,6 +20,7 @@ from lowres.memory import device as devices
 from lowres.memory.allocator import CachingAllocator, smallest_capacity
 from lowres.memory.catalogue import Device
 from lowres.memory.extend import DoesNotRepeat
+from lowres.memory.host_allocator import disk_bytes, given_bytes
 from lowres.memory.roofline import DATASHEET, MEASURED, Rates, paged_bytes, step_time
 from lowres.memory.summary import Summary
 from lowres.memory.trace import Trace
@@ -96,6 +97,7 @@ def plan(
         fits=None if card is None or card.kind == "cpu" else device_fits(needed_bytes, card),
         host_needed_bytes=host_bytes,
         host_fits=host_fits(recipe, host_bytes, device),
+        disk_bytes=disk_bytes(done.host),
         trainable=done.trainable,
         total=done.total,
         step=step_of(device, done, None if card is None else room_of(card, needed_bytes)),
@@ -169,22 +171,23 @@ def _phases(
     on_device = target.kind == "cpu" or done.loads_on_device
     # What is loaded to the host and moved afterwards is all in host memory while it is loaded.
     load, load_host = done.load.apart() if on_device else (done.load, Trace())
-    loading = Summary(load, (), vocabulary)
+    loading, loading_bytes = Summary(load, (), vocabulary), max(given_bytes(load_host))
     peak = loading.peak(0, len(load.tensors))
     first = summary.bounds["first_step"][0]
     held = summary.peak(0, first)
     chosen = peak if on_device else held
     phases["load"] = PhasePlan(
         live_bytes=chosen.live_bytes, allocated_bytes=None, reserved_bytes=None,
-        host_bytes=load_host.peak_bytes() if target.kind == "cpu"
-        else done.largest_bytes + load_host.peak_bytes() if on_device else peak.live_bytes,
+        host_bytes=loading_bytes if target.kind == "cpu"
+        else done.largest_bytes + loading_bytes if on_device else peak.live_bytes,
         categories=held.categories if not on_device else {"weights": peak.live_bytes},
         instant="loading" if on_device else "weights on the device",
         module=chosen.module, operation=chosen.operation,
     )  # fmt: skip
+    given = given_bytes(done.host)
     host_marks = [at for _, at in done.host.marks]
     waits = {
-        name: done.host.peak_bytes(begin, end)
+        name: max(given[begin : end + 1])
         for (name, begin), end in zip(done.host.marks, host_marks[1:], strict=False)
     }
     for name in ("first_step", "steady_steps", "save", "evaluate", "resume"):

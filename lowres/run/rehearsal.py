@@ -99,14 +99,14 @@ def rehearse(
         DoesNotRepeat: Where blocks built alike behave differently; ask for the `whole`.
         InputError: As the run would.
     """
-    reasons = (recipe.method.uneven(), *(lever.uneven() for lever in recipe.levers))
-    uneven = "; ".join(filter(None, reasons))
-    if uneven and not (whole or quick):
+    reasons = [recipe.method.uneven(), *(lever.uneven() for lever in recipe.levers)]
+    if (uneven := "; ".join(filter(None, reasons))) and not (whole or quick):
         raise DoesNotRepeat(uneven)
     peft.preload()
     stand_ins.prepare()
     inputs = dataclasses.replace(inputs, config=copy.deepcopy(inputs.config))
     with (
+        host.planning(target.kind),
         deepspeed_shapes.planning(processes, target.kind == "cuda", recipe.loop.precision),
         accelerate.alone_on_cpu(recipe) as accelerator,
         rehearsal.rehearsing(),
@@ -214,10 +214,10 @@ class _Stage:
         self.total = sum(element_count(p) for p in parameters)
         trained = [p for p in parameters if p.requires_grad]
         self.trainable = sum(p.numel() for p in trained)
-        self.saved_bytes = sum(p.numel() * p.element_size() for p in trained)
-        quantised = any(True for _ in quantisation_states(learner.base))
+        self.saved_bytes = sum(p.nbytes for p in trained)
         width = getattr(torch, self.recipe.model.dtype).itemsize
         self.largest_bytes = max(element_count(p) for p in parameters) * width
+        quantised = any(quantisation_states(learner.base))
         self.loads_on_device = self.target.kind == "cpu" or quantised
         if not self.runs:
             self._shorten(learner)
