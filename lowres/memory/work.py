@@ -40,6 +40,8 @@ def cost_of(
     tensors = _tensors((args, kwargs, out))
     if not tensors or func.is_view or func._opname in _MOVES_NOTHING:
         return None
+    if func._opname == "copy_":
+        tensors = tensors[1:]  # what is overwritten is not read
     count = flop_registry.get(func.overloadpacket)
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
     if func.namespace == "bitsandbytes":
@@ -55,12 +57,15 @@ def cost_of(
 def over_bus(cost: Cost, copies: bool, arguments: Any) -> list[Cost]:
     """A cost with what the bus carries for it.
 
-    All of it inside of `host.memory()`, a copy once: it was counted read and written. Where the
-    device works on host memory its pages come and, since optimizers write to them, go back, unless
-    there is room to keep them: that is of the kind `paging`.
+    All of it inside of `host.memory()` and of a copy between the two, a copy once: it was counted
+    read and written. Where the device works on host memory its pages come and, since optimizers
+    write to them, go back, unless there is room to keep them: that is of the kind `paging`.
     """
-    if host.allocating():
-        return [replace(cost, kind="transfer", bytes=cost.bytes // (2 if copies else 1))]
+    between = copies and len({host.holds(t) for t in _tensors(arguments)}) == 2
+    if host.allocating() or between:
+        carried = cost.bytes // (2 if copies else 1)
+        fixed = min(cost.fixed_bytes, carried)
+        return [replace(cost, kind="transfer", bytes=carried, fixed_bytes=fixed)]
     paged = 0 if copies else sum(_bytes(t) for t in _tensors(arguments) if host.holds(t))
     there = [replace(cost, kind="paging", flops=0, bytes=2 * paged)] if paged else []
     return [*there, cost]

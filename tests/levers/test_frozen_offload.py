@@ -186,6 +186,23 @@ def test_beside_a_cpu_the_plan_of_the_host_is_what_is_asked_for(
     assert not folder.exists()
 
 
+def test_the_bus_carries_each_block_but_two_there_and_back_again(
+    planned_recipe: Callable[..., Any],  # noqa: F811
+) -> None:
+    """Closed form: of four blocks two are there when a pass begins, and the other two come; twice a
+    micro-batch, however many rows it has."""
+    config = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4}
+    card = devices.load("rtx-4090")
+    assert card.pcie_bytes_per_second is not None
+    block = sum(tensors_of_a_block(packed=False))
+    for rows, passes in ((4, 1), (2, 2)):
+        loop = {"max_length": 16, "micro_batch_size": rows, "global_batch_size": 4}
+        found = plan(planned_recipe(config, levers=[LEVER], loop=loop), card)
+        assert found.step is not None
+        carried = found.step.parts["transfers"] * card.pcie_bytes_per_second
+        assert carried == pytest.approx(passes * 2 * 2 * block, rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("levers", [[], ["nf4_weights", "gradient_checkpointing"]])
 def test_on_a_card_the_plan_falls_by_all_blocks_but_two(
