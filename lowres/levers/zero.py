@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lowres.core.errors import InputError, NotPlanned
+from lowres.core.errors import InputError
 from lowres.core.parts import Circumstance, Lever, PositiveInt, part
 from lowres.core.rotation import Rotating
 
@@ -144,24 +144,25 @@ class Zero(Lever):
         return learner
 
     def on_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        from lowres.bridges import deepspeed_shapes
+        from lowres.bridges import deepspeed_settings, deepspeed_shapes
 
         wanted = deepspeed_shapes.planned()
         if wanted is None:
             return optimizer  # accelerate gives it to DeepSpeed
-        if self.stage == 3 or self.config is not None or self.offload_optimizer == "nvme":
-            raise NotPlanned(
-                "of DeepSpeed's buffers those of stages 1 and 2 are planned, without `config` and "
-                "without nvme"
-            )
-        offload = self.offload_optimizer == "cpu"
-        return deepspeed_shapes.Partitions(optimizer, wanted, offload, self.pin_memory)
+        settings = deepspeed_settings.planned_settings(self._settings())
+        return deepspeed_shapes.Partitions(optimizer, wanted, settings.offload, settings.pinned)
 
     def on_engine(self, engine: Engine) -> Engine:
-        from lowres.bridges import deepspeed, deepspeed_shapes, deepspeed_updates
+        from lowres.bridges import (
+            deepspeed,
+            deepspeed_settings,
+            deepspeed_shapes,
+            deepspeed_updates,
+        )
 
         if deepspeed_shapes.planned() is not None:
-            return deepspeed_updates.PlannedUpdates(engine, self.stage, self.bucket_elements)
+            settings = deepspeed_settings.planned_settings(self._settings())
+            return deepspeed_updates.PlannedUpdates(engine, settings)
         return deepspeed.ZeroUpdates(engine)
 
     def _settings(self) -> Mapping[str, Any]:

@@ -43,6 +43,12 @@ PLANNED = [
     pytest.param(SMALL | {"stage": 1}, "full", {"precision": "bf16"}, 0, marks=pytest.mark.slow),
     pytest.param(SMALL | {"stage": 1, "offload_optimizer": "none"}, "full", {}, 0,
                  marks=pytest.mark.slow),
+    pytest.param({"name": "zero", "config": {"zero_optimization": {
+        "stage": 2, "overlap_comm": True, "reduce_bucket_size": 20_000}}},
+        "full", {}, 0, marks=pytest.mark.slow),
+    pytest.param({"name": "zero", "config": {"zero_optimization": {
+        "stage": 1, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": "auto"}}},
+        "lora", {}, 0, marks=pytest.mark.slow),
 ]  # fmt: skip
 SCALARS_BYTES = 4096
 """Norms, flags and learning rates, which are made as tensors and not planned."""
@@ -238,6 +244,10 @@ def test_the_plan_is_what_is_measured(
 ) -> None:
     """Reference: live bytes of the run, phase by phase, for the first process; exact but for
     scalars."""
+    lever = dict(lever)
+    if isinstance(lever.get("config"), dict):
+        (tmp_path / "ds.json").write_text(json.dumps(lever["config"]))
+        lever["config"] = str(tmp_path / "ds.json")
     loop = {"steps": 2, "micro_batch_size": 2, "max_grad_norm": None} | loop
     keys = raw_recipe("decoder", method=method, objective="label_words", loop=loop, levers=[lever])
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
