@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowres.core.errors import NotPlanned
@@ -30,6 +30,21 @@ _READ = frozenset({
     "zero_optimization.reduce_bucket_size", "zero_optimization.overlap_comm",
     "zero_optimization.offload_optimizer.device", "zero_optimization.offload_optimizer.pin_memory",
 })  # fmt: skip
+_STAGE_3: Mapping[str, int] = {
+    "sub_group_size": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+}
+"""What stage 3 reads beside, with DeepSpeed's defaults."""
+_READ_AT_3 = frozenset({
+    *(f"zero_optimization.{key}" for key in _STAGE_3),
+    "zero_optimization.offload_param.device", "zero_optimization.offload_param.pin_memory",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.offload_param.buffer_count", "zero_optimization.offload_param.buffer_size",
+    "zero_optimization.offload_param.max_in_cpu", "zero_optimization.offload_param.nvme_path",
+})  # fmt: skip
 _PLANNED_AT: Mapping[str, Any] = {
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,
@@ -39,7 +54,16 @@ _PLANNED_AT: Mapping[str, Any] = {
     "zero_optimization.use_multi_rank_bucket_allreduce": True,
     "zero_optimization.parameter_alignment": False,
     "zero_optimization.compute_grad_norm": True,
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": False,
+    "zero_optimization.stage3_allgather_sequential": False,
+    "zero_optimization.stage3_module_granularity_threshold": 0,
+    "zero_optimization.zero_hpz_partition_size": 1,
+    "zero_optimization.zero_quantized_weights": False,
+    "zero_optimization.zero_quantized_nontrainable_weights": False,
+    "zero_optimization.zero_quantized_gradients": False,
     "zero_optimization.legacy_stage1": False,
+    "zero_optimization.memory_efficient_linear": True,
+    "zero_optimization.offload_optimizer.ratio": 1.0,
     "zero_optimization.offload_param.device": "none",
 }
 """DeepSpeed's defaults; another value changes what is held in a way that is not planned."""
@@ -47,12 +71,13 @@ _PLANNED_AT: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Of stages 1 and 2, what tensors depend on.
+    """What tensors depend on.
 
     Args:
         offload: States and the update are in host memory.
         pinned: That memory is page-locked.
-        overlap: Two buckets, of which one is filled while the other is reduced.
+        overlap: At stages 1 and 2 two buckets, of which one is filled while the other is reduced.
+        divided: What stage 3 reads beside, by its key.
     """
 
     stage: int
@@ -60,25 +85,42 @@ class Settings:
     pinned: bool
     overlap: bool
     bucket: int | str
+    offload_parameters: bool = False
+    pinned_parameters: bool = False
+    divided: Mapping[str, int | str] = field(default_factory=dict)
 
     def bucket_elements(self, model: Any) -> int:
-        """Gradients that are reduced together; `auto` is the square of a model's hidden size.
+        """Gradients that are reduced together."""
+        return int(hidden_size(model) ** 2 if self.bucket == "auto" else self.bucket)
 
-        Raises:
-            NotPlanned: Where the model names none.
-        """
-        if self.bucket != "auto":
-            return int(self.bucket)
-        config = getattr(model, "config", None)
-        hidden = getattr(config, "hidden_size", None) or max(
-            getattr(config, "hidden_sizes", None) or [0]
+    def prefetch_elements(self, model: Any) -> int:
+        """Parameters that are fetched ahead together."""
+        found = self.divided["stage3_prefetch_bucket_size"]
+        return int(0.9 * hidden_size(model) ** 2 if found == "auto" else found)
+
+    def staying_elements(self, model: Any) -> int:
+        """Of the largest parameter that is not divided while forward and backward passes go on."""
+        found = self.divided["stage3_param_persistence_threshold"]
+        return int(10 * hidden_size(model) if found == "auto" else found)
+
+
+def hidden_size(model: Any) -> int:
+    """What accelerate makes of a model for `auto`.
+
+    Raises:
+        NotPlanned: Where the model names none.
+    """
+    config = getattr(model, "config", None)
+    sizes = [
+        getattr(config, "hidden_size", None) or 0,
+        *(getattr(config, "hidden_sizes", ()) or ()),
+    ]
+    if not any(sizes):
+        raise NotPlanned(
+            'bucket sizes "auto" in zero_optimization are made from a hidden size, which the '
+            "model's configuration does not name; say numbers"
         )
-        if not hidden:
-            raise NotPlanned(
-                'zero_optimization.reduce_bucket_size "auto" is made from a hidden size, which the '
-                "model's configuration does not name; say a number"
-            )
-        return int(hidden) ** 2
+    return int(sizes[0] or max(sizes))
 
 
 def planned_settings(settings: Mapping[str, Any]) -> Settings:
@@ -88,17 +130,15 @@ def planned_settings(settings: Mapping[str, Any]) -> Settings:
         NotPlanned: Where one changes what is held and is not planned; names it.
     """
     zero = settings["zero_optimization"]
-    offloaded = zero.get("offload_optimizer") or {}
-    places = {(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")}
-    if "nvme" in places:
+    states, weights = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
+    if "nvme" in (states.get("device"), weights.get("device")):
         raise NotPlanned(
             "offloading to nvme is not planned: DeepSpeed's buffers between disk and host were not "
             "compared with a run"
         )
-    if zero["stage"] == 3:
-        raise NotPlanned("of DeepSpeed's buffers those of stages 1 and 2 are planned, not stage 3")
+    read = _SAME_BYTES | _READ | (_READ_AT_3 if zero["stage"] == 3 else frozenset())
     for key, value in _given(settings):
-        if key in _SAME_BYTES | _READ:
+        if key in read:
             continue
         if key not in _PLANNED_AT or value != _PLANNED_AT[key]:
             raise NotPlanned(_not_known(key, value))
@@ -107,10 +147,13 @@ def planned_settings(settings: Mapping[str, Any]) -> Settings:
         raise NotPlanned(_not_known("zero_optimization.overlap_comm", True) + " at stage 1")
     return Settings(
         stage=zero["stage"],
-        offload=offloaded.get("device", "none") == "cpu",
-        pinned=bool(offloaded.get("pin_memory", True)),
+        offload=states.get("device", "none") == "cpu",
+        pinned=bool(states.get("pin_memory", True)),
         overlap=overlap,
         bucket=zero.get("reduce_bucket_size", _BUCKET_ELEMENTS),
+        offload_parameters=weights.get("device", "none") == "cpu",
+        pinned_parameters=bool(weights.get("pin_memory", True)),
+        divided={key: zero.get(key, usual) for key, usual in _STAGE_3.items()},
     )
 
 
