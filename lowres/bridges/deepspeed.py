@@ -7,6 +7,7 @@ https://arxiv.org/abs/1910.02054; ZeRO-Offload, https://arxiv.org/abs/2101.06840
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import math
@@ -188,7 +189,10 @@ def own_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
     """What DeepSpeed's optimizer holds beside the model and the states: partitions, buckets."""
     if not is_divided(optimizer):
         return
-    waiting: list[Any] = [vars(getattr(optimizer, "optimizer", optimizer))]
+    inner = getattr(optimizer, "optimizer", optimizer)
+    waiting: list[Any] = [vars(inner)]
+    if hasattr(inner, "parameter_offload"):  # stage 3: each parameter knows its part
+        waiting += [p.ds_tensor for p in inner.module.parameters()]
     while waiting:
         found = waiting.pop()
         if hasattr(found, "untyped_storage"):
@@ -199,6 +203,8 @@ def own_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
             waiting += found.values()
         elif isinstance(found, list | tuple):
             waiting += found
+        elif dataclasses.is_dataclass(found):
+            waiting += vars(found).values()
 
 
 def _take_over(settings: Mapping[str, Any]) -> None:

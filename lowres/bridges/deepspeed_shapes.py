@@ -18,7 +18,7 @@ import torch
 from lowres.core import host
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planned:
     """What a plan is made for.
 
@@ -26,11 +26,15 @@ class Planned:
         processes: That share the updates; the first of them is planned.
         apart: Host memory is not the device's memory.
         half: The type that DeepSpeed casts the model to; None where it leaves it.
+        model: Known once it is there.
+        until: What lasts as long as the plan is made.
     """
 
     processes: int
     apart: bool
     half: torch.dtype | None
+    model: torch.nn.Module | None = None
+    until: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 _planned: contextvars.ContextVar[Planned | None] = contextvars.ContextVar("planned", default=None)
@@ -40,9 +44,11 @@ _planned: contextvars.ContextVar[Planned | None] = contextvars.ContextVar("plann
 def planning(processes: int, apart: bool, precision: str) -> Iterator[None]:
     """A plan is made while the block runs."""
     half = torch.bfloat16 if precision == "bf16" else None
-    token = _planned.set(Planned(processes, apart, half))
+    wanted = Planned(processes, apart, half)
+    token = _planned.set(wanted)
     try:
-        yield
+        with wanted.until:
+            yield
     finally:
         _planned.reset(token)
 
@@ -195,7 +201,10 @@ def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def cast(model: torch.nn.Module) -> None:
     """Parameters in the type of the precision, as DeepSpeed has them instead of autocast."""
     wanted = planned()
-    if wanted is None or wanted.half is None:
+    if wanted is None:
+        return
+    wanted.model = model
+    if wanted.half is None:
         return
     for parameter in model.parameters():
         if parameter.is_floating_point():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowres.bridges.deepspeed_settings import Settings
 from lowres.bridges.deepspeed_shapes import Partitions
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ class PlannedUpdates:
     keeps_gradients = False
     last_differs = True  # after it gradients are whole, or in the part
 
-    def __init__(self, inner: Engine, stage: int, bucket_elements: int) -> None:
+    def __init__(self, inner: Engine, settings: Settings) -> None:
         self.accelerator, self.learner = inner.accelerator, inner.learner
         self.optimizer = inner.optimizer
         self._parts: Partitions = getattr(inner.optimizer, "optimizer", inner.optimizer)
-        self._stage, self._most = stage, bucket_elements
+        self._stage, self._most = settings.stage, settings.bucket_elements(self.learner.base)
+        self._buckets_held = 2 if settings.overlap else 1
         self._group_of = {id(p): g for g in self._parts.groups for p in g.parameters}
-        self._bucket: torch.Tensor | None = None
+        self._buckets: list[torch.Tensor] = []  # The first of them is being filled.
         self._waiting: list[torch.nn.Parameter] = []
         self._collected: torch.Tensor | None = None
         self._collected_at = 0
@@ -64,8 +66,9 @@ class PlannedUpdates:
             self._epilogue()
 
     def _came(self, parameter: torch.nn.Parameter) -> None:
-        if self._bucket is None:
-            self._bucket = torch.empty(self._most, dtype=self._parts.dtype)
+        if not self._buckets:
+            for _ in range(self._buckets_held):
+                self._buckets.append(torch.empty(self._most, dtype=self._parts.dtype))
             self._passes += 1
         if self._stage == 2:
             self._into_bucket(parameter)
@@ -76,13 +79,14 @@ class PlannedUpdates:
         filled = sum(p.numel() for p in self._waiting)
         if filled + size > self._most:
             self._reduce()
+            self._buckets.reverse()
             filled = 0
-        assert self._bucket is not None and parameter.grad is not None
+        assert parameter.grad is not None
         if size > self._most:
             if self._parts.offload:
                 parameter.grad = parameter.grad.clone()
         else:
-            there = self._bucket[filled : filled + size].view(parameter.shape)
+            there = self._buckets[0][filled : filled + size].view(parameter.shape)
             parameter.grad = there.copy_(parameter.grad)
         self._waiting.append(parameter)
 
@@ -130,7 +134,7 @@ class PlannedUpdates:
             owned = [p for p in group.parameters if 0 in group.parts[id(p)]]
             if not group.gradients:
                 group.gradients = [p.grad for p in owned if p.grad is not None]
-        self._bucket = self._collected = None
+        self._buckets, self._collected = [], None
         for group in self._parts.groups:
             for parameter in group.parameters:
                 parameter.grad = None

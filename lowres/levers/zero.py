@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lowres.core.errors import InputError, NotPlanned
+from lowres.core.errors import InputError
 from lowres.core.parts import Circumstance, Lever, PositiveInt, part
 from lowres.core.rotation import Rotating
 
@@ -31,8 +31,9 @@ Place = Literal["none", "cpu", "nvme"]
 class Zero(Lever):
     """Stages: 1 divides optimizer states among processes, 2 gradients too, 3 parameters too.
 
-    States are updated by torch's optimizer where they lie, so no compiler is needed for it. Stages
-    1 and 2 are planned; stage 3, nvme and `config` run unplanned.
+    States are updated by torch's optimizer where they lie, so no compiler is needed for it. All
+    stages are planned, by the fields or by `config`, for one process and for several; what lies on
+    nvme is not, nor is a JSON that asks for what a plan does not know (the run says what).
 
     Losses are those of the plain run, but for loop.precision bf16: instead of autocast DeepSpeed
     holds, computes with and saves all weights in bfloat16 and updates float32 copies of the trained
@@ -144,24 +145,31 @@ class Zero(Lever):
         return learner
 
     def on_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        from lowres.bridges import deepspeed_shapes
+        from lowres.bridges import deepspeed_divided, deepspeed_settings, deepspeed_shapes
 
         wanted = deepspeed_shapes.planned()
         if wanted is None:
             return optimizer  # accelerate gives it to DeepSpeed
-        if self.stage == 3 or self.config is not None or self.offload_optimizer == "nvme":
-            raise NotPlanned(
-                "of DeepSpeed's buffers those of stages 1 and 2 are planned, without `config` and "
-                "without nvme"
-            )
-        offload = self.offload_optimizer == "cpu"
-        return deepspeed_shapes.Partitions(optimizer, wanted, offload, self.pin_memory)
+        settings = deepspeed_settings.planned_settings(self._settings())
+        if settings.stage == 3:
+            assert wanted.model is not None
+            return deepspeed_divided.Divided(optimizer, wanted, settings, wanted.model)
+        return deepspeed_shapes.Partitions(optimizer, wanted, settings.offload, settings.pinned)
 
     def on_engine(self, engine: Engine) -> Engine:
-        from lowres.bridges import deepspeed, deepspeed_shapes, deepspeed_updates
+        from lowres.bridges import (
+            deepspeed,
+            deepspeed_divided_updates,
+            deepspeed_settings,
+            deepspeed_shapes,
+            deepspeed_updates,
+        )
 
         if deepspeed_shapes.planned() is not None:
-            return deepspeed_updates.PlannedUpdates(engine, self.stage, self.bucket_elements)
+            settings = deepspeed_settings.planned_settings(self._settings())
+            if settings.stage == 3:
+                return deepspeed_divided_updates.DividedUpdates(engine, settings)
+            return deepspeed_updates.PlannedUpdates(engine, settings)
         return deepspeed.ZeroUpdates(engine)
 
     def _settings(self) -> Mapping[str, Any]:

@@ -43,6 +43,34 @@ PLANNED = [
     pytest.param(SMALL | {"stage": 1}, "full", {"precision": "bf16"}, 0, marks=pytest.mark.slow),
     pytest.param(SMALL | {"stage": 1, "offload_optimizer": "none"}, "full", {}, 0,
                  marks=pytest.mark.slow),
+    pytest.param({"name": "zero", "config": {"zero_optimization": {
+        "stage": 2, "overlap_comm": True, "reduce_bucket_size": 20_000}}},
+        "full", {}, 0, marks=pytest.mark.slow),
+    pytest.param({"name": "zero", "config": {"zero_optimization": {
+        "stage": 1, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": "auto"}}},
+        "lora", {}, 0, marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+def _divided(optimizer: str, parameters: str, **more: Any) -> dict[str, Any]:
+    """Stage 3 whose buckets, and what stays whole, are small for the tiny model too."""
+    zero = {
+        "stage": 3, "reduce_bucket_size": 2_000, "stage3_prefetch_bucket_size": 2_000,
+        "stage3_param_persistence_threshold": 100,
+        "offload_optimizer": {"device": optimizer}, "offload_param": {"device": parameters},
+    }  # fmt: skip
+    return {"name": "zero", "config": {"zero_optimization": zero | more}}
+
+
+PLANNED += [
+    pytest.param(_divided("none", "none"), "full", {}, 2),
+    pytest.param(_divided("none", "none", stage3_max_reuse_distance=2_000), "lora", {}, 2,
+                 marks=pytest.mark.slow),
+    pytest.param(_divided("cpu", "cpu"), "full", {}, 0, marks=pytest.mark.slow),
+    pytest.param(_divided("cpu", "cpu"), "lora", {"precision": "bf16"}, 2,
+                 marks=pytest.mark.slow),
+    pytest.param(_divided("none", "cpu", sub_group_size=3_000, reduce_bucket_size="auto"), "full",
+                 {"precision": "bf16"}, 0, marks=pytest.mark.slow),
 ]  # fmt: skip
 SCALARS_BYTES = 4096
 """Norms, flags and learning rates, which are made as tensors and not planned."""
@@ -239,11 +267,14 @@ def test_the_plan_is_what_is_measured(
     """Reference: live bytes of the run, phase by phase, for the first process; exact but for
     scalars."""
     loop = {"steps": 2, "micro_batch_size": 2, "max_grad_norm": None} | loop
+    stage = lever.get("stage", 2)
+    if "config" in lever:
+        stage = lever["config"]["zero_optimization"]["stage"]
+        (tmp_path / "ds.json").write_text(json.dumps(lever["config"]))
+        lever = lever | {"config": str(tmp_path / "ds.json")}
     keys = raw_recipe("decoder", method=method, objective="label_words", loop=loop, levers=[lever])
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
-    said = launched(
-        tmp_path / "r.yaml", processes, lever.get("stage", 2), "--output", str(tmp_path / "run")
-    )
+    said = launched(tmp_path / "r.yaml", processes, stage, "--output", str(tmp_path / "run"))
     assert (tmp_path / "run" / "record.json").exists(), said
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["plan"] is not None, record["events"]

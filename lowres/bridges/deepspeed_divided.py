@@ -1,0 +1,203 @@
+"""What DeepSpeed's ZeRO stage 3 holds, for a plan: the same tensors in the same order, without
+DeepSpeed and its processes. `deepspeed_fetches` says when parameters are whole.
+
+Source: deepspeed 0.19, runtime/zero/stage3.py (`_create_fp16_partitions_with_defragmentation`,
+`_create_fp32_partitions`, `initialize_optimizer_states`, `_setup_for_real_optimizer`,
+`create_reduce_and_remove_grad_hooks`, `step`). Scalars are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lowres.bridges.deepspeed_linear import in_place_of_linear
+from lowres.bridges.deepspeed_parts import HERE, Part, Place, divide, gather_now
+from lowres.bridges.deepspeed_settings import Settings
+from lowres.bridges.deepspeed_shapes import Planned, flattened
+from lowres.core import host
+
+
+@dataclass
+class SubGroup:
+    """Parameters that are updated together.
+
+    Args:
+        flat: Their parts in a row, in the type that is computed with.
+        master: The same in float32, which is updated.
+        gradients: Of the parts, after backward.
+    """
+
+    options: dict[str, Any]
+    parts: list[Part]
+    size: int
+    flat: torch.Tensor
+    master: torch.Tensor
+    gradients: list[torch.Tensor] = field(default_factory=list)
+
+
+class Divided(torch.optim.Optimizer):
+    """Takes the place of the optimizer it is given, which updates this process's parts in float32.
+
+    Args:
+        model: Its parameters are divided, frozen ones too.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        wanted: Planned,
+        settings: Settings,
+        model: torch.nn.Module,
+    ) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self._inner, self.processes, self.apart = inner, wanted.processes, wanted.apart
+        self.offload = settings.offload
+        self.states = Place(wanted.apart and settings.offload, settings.pinned)
+        weights = Place(wanted.apart and settings.offload_parameters, settings.pinned_parameters)
+        self._flat_weights = Place(weights.apart, True) if settings.offload_parameters else HERE
+        self.state, self.param_groups = inner.state, inner.param_groups
+        self.parts = divide(model, self.processes, weights, settings.staying_elements(model))
+        chosen = [
+            (group, some)
+            for group in inner.param_groups
+            for some in self._sub_groups(group, int(settings.divided["sub_group_size"]))
+        ]
+        self.dtype = chosen[0][1][0].parameter.dtype
+        self.groups = self._flat(chosen, settings.offload_parameters)
+        self._masters()
+        self._zero_gradients()
+        self.bucket = torch.empty(settings.bucket_elements(model), dtype=self.dtype)
+        trained = [part for group in self.groups for part in group.parts]
+        total = sum(part.size for part in trained)
+        self.gradients = self._pinned_copy(total, self.dtype)
+        self.gradient_of: dict[int, torch.Tensor] = {}
+        at = 0
+        for part in trained:
+            self.gradient_of[id(part.parameter)] = self.gradients[at : at + part.size]
+            at += part.size
+        for part in trained:  # Hooks are put on whole parameters.
+            gather_now([part], self.processes)
+            part.let_go()
+        wanted.until.enter_context(in_place_of_linear(self.whole))
+        for group in inner.param_groups:
+            group["params"] = [g.master for g in self.groups if g.options is group]
+
+    @contextlib.contextmanager
+    def whole(self, parameter: torch.Tensor) -> Iterator[None]:
+        """One parameter is whole while it lasts."""
+        part = self.parts.get(id(parameter))
+        if part is None or part.state != "apart":
+            yield
+            return
+        gather_now([part], self.processes)
+        yield
+        part.let_go()
+
+    def _sub_groups(self, group: dict[str, Any], most: int) -> Iterator[list[Part]]:
+        some: list[Part] = []
+        for parameter in group["params"]:
+            some.append(self.parts[id(parameter)])
+            if sum(part.size for part in some) >= most:
+                yield some
+                some = []
+        if some:
+            yield some
+
+    def _flat(
+        self, chosen: list[tuple[dict[str, Any], list[Part]]], offload: bool
+    ) -> list[SubGroup]:
+        """The trained parts one after the other in one tensor; each group's own, on the host."""
+        made: list[SubGroup] = []
+        sizes = [sum(part.size for part in some) for _, some in chosen]
+        if offload:
+            whole: dict[int, torch.Tensor] = {}
+            for options, _ in chosen:
+                if id(options) not in whole:
+                    total = sum(s for s, (o, _) in zip(sizes, chosen, strict=True) if o is options)
+                    whole[id(options)] = self._flat_weights.empty(total, self.dtype)
+            flats = [whole[id(options)] for options, _ in chosen]
+        else:
+            collected = Place(self.apart).empty(sum(sizes), self.dtype)
+            for _, some in chosen:
+                for part in some:
+                    part.tensor = collected
+            flats = [HERE.moved(collected)] * len(chosen)
+            del collected
+        taken: dict[int, int] = {}
+        for (options, some), size, flat in zip(chosen, sizes, flats, strict=True):
+            at = taken.get(id(flat), 0)
+            taken[id(flat)] = at + size
+            own = flat[at : at + size]
+            at = 0
+            for part in some:
+                part.tensor = own[at : at + part.size]
+                at += part.size
+            made.append(SubGroup(options, some, size, own, own))
+        return made
+
+    def _masters(self) -> None:
+        """Copies in float32, made by way of another copy where place or type differ."""
+        for group in self.groups:
+            converted = self.states.moved(group.flat, torch.float32)
+            group.master = self.states.empty(converted.numel(), torch.float32)
+            group.master.requires_grad_(True)
+
+    def _zero_gradients(self) -> None:
+        largest = max(group.size for group in self.groups)
+        zeros = self.states.empty(largest, torch.float32, lasting=False)
+        if self.offload:
+            for group in self.groups:
+                group.master.grad = self._pinned_copy(group.size, torch.float32)
+        del zeros
+
+    def _pinned_copy(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Page-locked memory is a copy of what was made before."""
+        pinned = self.states.pinned and self.states.apart
+        first = self.states.empty(elements, dtype, lasting=not pinned)
+        return self.states.empty(elements, dtype) if pinned else first
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        every = self._inner.param_groups
+        for group in self.groups:
+            for gradient in group.gradients:
+                gradient.to(torch.double)  # for its norm
+        for group in self.groups:
+            if not self.offload:
+                gathered = flattened(group.gradients)
+                group.master.grad = gathered.to(torch.float32)
+                del gathered
+                group.gradients = []
+            with self.states.there():
+                self._inner.param_groups = [group.options | {"params": [group.master]}]
+                self._inner.step()
+                for value in self.state[group.master].values():
+                    if self.states.apart and isinstance(value, torch.Tensor):
+                        host.mark(value)
+                if self.states.apart and group.flat.dtype != torch.float32:
+                    group.master.to(group.flat.dtype)  # on its way to the weights
+            if not self.offload:
+                group.master.grad = None
+        self._inner.param_groups = every
+        gather_now([part for part in self.parts.values() if part.stays], self.processes)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with self.states.there():
+            self._inner.load_state_dict(state_dict)
+        self.state, self.param_groups = self._inner.state, self._inner.param_groups
+
+    def buffers(self) -> Iterator[tuple[torch.Tensor, str]]:
+        """What is held beside states and whole parameters, with its category."""
+        for part in self.parts.values():
+            yield part.tensor, "weights"
+        for group in self.groups:
+            yield group.master, "optimizer states"
+            if group.master.grad is not None:
+                yield group.master.grad, "gradients"
+        yield self.gradients, "gradients"
+        yield self.bucket, "workspaces"
