@@ -25,23 +25,19 @@ class Place:
 
     Args:
         apart: In host memory that is not the device's.
-        pinned: Page-locked, which torch rounds up to powers of two.
+        pinned: Page-locked.
     """
 
     apart: bool = False
     pinned: bool = False
 
     def empty(self, elements: int, dtype: torch.dtype, lasting: bool = True) -> torch.Tensor:
-        """Memory there; `lasting` memory is known to be host memory as long as it lives."""
+        """Memory there; on the host page-locked, if any is, where it is `lasting`."""
         if not self.apart:
             return torch.empty(elements, dtype=dtype)
-        size = elements * dtype.itemsize
-        if self.pinned and lasting and size:
-            elements_there = (1 << (size - 1).bit_length()) // dtype.itemsize
-        else:
-            elements_there = elements
-        with host.memory():
-            return host.mark(torch.empty(elements_there, dtype=dtype))[:elements]
+        kind: host.Memory = "pinned" if self.pinned and lasting else "pageable"
+        with host.memory(kind):
+            return host.mark(torch.empty(elements, dtype=dtype), kind)
 
     def there(self) -> contextlib.AbstractContextManager[None]:
         """While it lasts, what is allocated lies there."""

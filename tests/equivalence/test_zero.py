@@ -74,6 +74,9 @@ PLANNED += [
 ]  # fmt: skip
 SCALARS_BYTES = 4096
 """Norms, flags and learning rates, which are made as tensors and not planned."""
+SENT_BYTES = 66 * 16 * 4
+"""Stage 3 sends each parameter to the other processes as it divides it, and gloo's thread may let
+go of it later: at the peak of loading the positions, which come before the words, may be whole."""
 TOLERANCE = 1e-5
 """Of losses: sums over processes and buckets are made in another order."""
 
@@ -282,7 +285,8 @@ def test_the_plan_is_what_is_measured(
     for phase, measured in record["measured"]["phases"].items():
         if measured["live_bytes"] is not None:
             off = record["plan"]["phases"][phase]["live_bytes"] - measured["live_bytes"]
-            assert abs(off) <= SCALARS_BYTES, (phase, off, measured["live_bytes"])
+            late = SENT_BYTES if (phase, stage, processes) == ("load", 3, 2) else 0
+            assert -late - SCALARS_BYTES <= off <= SCALARS_BYTES, (phase, off)
             checked += 1
     assert checked == 5
 
