@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from lowres.core import registry
 from lowres.core.compatibility import Cell, Combination, Table
-from lowres.run.compatibility import PAIRED_WITH, RECOMPUTING, kinds
+from lowres.run.compatibility import PAIRED_WITH, RECOMPUTING, forms, kinds
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 SIGNS = {"works": "works", "refused": "refused", "fails": "**fails**"}
@@ -27,7 +28,8 @@ ought to work and does not.
 The numbers lead to the reasons at the end. `lowres check RECIPE` reads the same table; `lowres
 bench compatibility` runs what it lacks, and `python -m benchmarks.compatibility` writes this page.
 `-` is no cell: two levers stand with LoRA under *Pairs of levers*, and no lever stands twice. Date
-and versions are those of the newest cells.
+and versions are those of the newest cells. A lever that works otherwise with other fields has a
+column for them too:
 """
 
 
@@ -45,13 +47,13 @@ def page(table: Table) -> str:
     counted = Counter(cell.outcome for cell in table.cells.values())
     told = table.environment
     versions = ", ".join(f"{k} {v}" for k, v in told["versions"].items() if v and k != "lowres")
+    levers = forms()
     out = [
-        HEAD,
+        HEAD + "".join(_form(name, told) for name, told in levers.items() if name != told["name"]),
         f"{len(table.cells)} combinations: "
         + ", ".join(f"{count} {name}" for name, count in sorted(counted.items()))
         + f". On {told['device']}, {told['date']}; {versions}.\n",
     ]
-    levers = registry.names("lever")
     weights, engines, others = kinds()
     columns = [(), *((name,) for name in engines)]
     for method in registry.names("method"):
@@ -69,11 +71,17 @@ def page(table: Table) -> str:
     out += ["| | " + " | ".join(levers) + " |", "|---|" + "---|" * len(levers)]
     for first in levers:
         keys = [" + ".join((PAIRED_WITH, first, second)) for second in levers]
-        cells = ["-" if a == first else shown(k) for a, k in zip(levers, keys, strict=True)]
+        own = [levers[first]["name"] == told["name"] for told in levers.values()]
+        cells = ["-" if same else shown(key) for same, key in zip(own, keys, strict=True)]
         out.append(f"| {first} | " + " | ".join(cells) + " |")
     out += ["", "## Why not", ""]
     out += [f"{number}. {text}" for text, number in reasons.items()]
     return "\n".join(out) + "\n"
+
+
+def _form(called: str, told: dict[str, Any]) -> str:
+    fields = ", ".join(f"{key}: {value}" for key, value in told.items())
+    return f"*{called}* is `{{{fields}}}`.\n"
 
 
 def _reason(cell: Cell) -> str:

@@ -22,6 +22,7 @@ from lowres.memory.catalogue import Device
 from lowres.memory.tracer import TraceFailed
 from lowres.run.assumed import assumed_inputs
 from lowres.run.build import Inputs
+from lowres.run.data import number
 from lowres.run.plan import plan
 
 
@@ -83,6 +84,7 @@ def foresee(case: Case, folder: Path, device: Device | None, length: int | None)
         told = f"assumed: rows have 1 to 4 quarters of {recipe.loop.max_length} tokens by turns"
         vocabulary = inputs.config.get_text_config().vocab_size
         train = [_varied(row, n, vocabulary) for n, row in enumerate(inputs.data.train)]
+        number(train)
         inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, train=train))
     if isinstance(case.card, str):
         device = devices.load(case.card)

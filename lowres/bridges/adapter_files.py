@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -15,15 +15,27 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def as_written(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter under the names that a file has, which loading looks for."""
+def as_written(model: nn.Module, state: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter under the names that a file has, which loading looks for.
+
+    Args:
+        state: Of the whole model, with the adapter, in place of `model.state_dict()`.
+    """
     import peft
 
     # Embeddings are never resized here; PEFT would ask the hub for the base's config to find out.
     named: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
-        model, save_embedding_layers=False
+        model, state_dict=state, save_embedding_layers=False
     )
     return named
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Those that are written as they are, trained and frozen ones; not what prompts are made of."""
+    from torch import nn
+
+    written = as_written(model, model.state_dict(keep_vars=True))
+    return [tensor for tensor in written.values() if isinstance(tensor, nn.Parameter)]
 
 
 def other_names(wanted: Collection[str], there: Collection[str]) -> str | None:

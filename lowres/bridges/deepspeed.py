@@ -16,7 +16,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowres.bridges import left_locks
+from lowres.bridges import adapter_files, left_locks
 from lowres.core.errors import Diverged, InputError, OutOfMemory, Problem
 
 if TYPE_CHECKING:
@@ -94,11 +94,13 @@ def partitions_weights(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module, trained_only: bool = True) -> Iterator[None]:
-    """Put divided parameters together while the block runs; every process must enter."""
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Put divided parameters together that are trained or written, while the block runs; every
+    process must enter. What a forward pass within it uses is divided again by that."""
     chosen = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if trained_only:
-        chosen = [p for p in chosen if p.requires_grad]
+    if chosen and hasattr(model, "peft_config"):
+        written = set(map(id, adapter_files.parameters_of(model)))
+        chosen = [p for p in chosen if p.requires_grad or id(p) in written]
     if not chosen:
         yield
         return

@@ -55,7 +55,9 @@ def _compatibility(scratch: Path, only: str, say: Callable[[str], None]) -> None
     keys = {one.key for one in every}
     table.cells = {key: cell for key, cell in table.cells.items() if key in keys}
     if only:
-        wanted = [one for one in every if only in (one.method, *one.levers)]
+        levers = compatibility.forms()
+        parts = [(one.method, *(levers[form]["name"] for form in one.levers)) for one in every]
+        wanted = [one for one, names in zip(every, parts, strict=True) if only in names]
     else:
         wanted = [one for one in every if one.key not in table.cells]
     say(f"{len(wanted)} of {len(every)} combinations to run")

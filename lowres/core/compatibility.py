@@ -20,7 +20,7 @@ Outcome = Literal["works", "refused", "fails"]
 
 @dataclass(frozen=True)
 class Combination:
-    """A method with levers, in the order of the recipe."""
+    """A method with levers, in the order of the recipe; a lever may have several forms."""
 
     method: str
     levers: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class Table:
 
     def of(self, recipe: Recipe) -> list[tuple[str, Cell | None]]:
         """What was tried of a recipe: its own combination, or else what that is made of."""
-        levers = tuple(lever.name for lever in recipe.levers)
+        levers = tuple(lever.form() for lever in recipe.levers)
         return [(c.key, self.cells.get(c.key)) for c in self._parts(recipe.method.name, levers)]
 
     def _parts(self, method: str, levers: Sequence[str]) -> Iterator[Combination]:

@@ -238,8 +238,15 @@ class Lever(Part):
     relative to this (Frobenius). Losses and gradients are then those of the matrices as held."""
     sample_recipe: ClassVar[Mapping[str, Any]] = {}
     """Sections of a recipe, or some of the loop's values, that it needs, for the contract tests."""
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Fields with which it goes together with other parts than by default, by what the
+    compatibility table calls it then."""
     whole_process: ClassVar[bool] = False
     """Whether it changes the process for good, so that the next run wants another one."""
+
+    def form(self) -> str:
+        """Which of `forms` it has, or its name."""
+        return self.name
 
     def on_accelerator(self, options: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of `accelerate.Accelerator`, before anything else is made."""

@@ -4,8 +4,10 @@ Paper: Cut Your Losses in Large-Vocabulary Language Models, Wijmans et al. 2024.
 https://arxiv.org/abs/2411.09009
 
 Departs from the paper: slices of tokens with torch's kernels, not one fused kernel, so that a slice
-of logits is in memory. torch 2.13's `linear_cross_entropy` is not used: it takes a weight matrix,
-and so would leave out adapters on the head and caps on the logits.
+of logits is in memory, once. torch 2.13's `linear_cross_entropy` is not used: over a frozen head it
+saves nothing more (docs/log.md, 2026-11-22), a plan does not see what it makes inside, and it takes
+a weight matrix, and so would leave out adapters on the head and caps on the logits. Liger's kernel
+is for CUDA alone.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class ChunkedLearner(Learner):
         from torch.nn import functional as F
         from torch.utils.checkpoint import checkpoint
 
+        from lowres.levers._logprobs import overwriting_logprobs
+
         labels = batch["labels"]
         hidden_BTD, score = self._body(batch)
         if self.head == "causal":
@@ -87,7 +91,7 @@ class ChunkedLearner(Learner):
         del hidden_BTD
 
         def logprobs(hidden: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-            return -F.cross_entropy(wide(score(hidden)), words, reduction="none")
+            return overwriting_logprobs(wide(score(hidden)), words)
 
         found = []
         slices = (torch.split(x, self.chunk) for x in (hidden_KD, labels_N[targets_K]))

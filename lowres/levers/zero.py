@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lowres.core.errors import InputError
-from lowres.core.parts import Circumstance, Lever, PositiveInt, part
+from lowres.core.parts import Circumstance, Lever, NonNegativeInt, PositiveInt, part
 from lowres.core.rotation import Rotating
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Zero(Lever):
         nvme_path: Folder on a fast disk, for `nvme`.
         bucket_elements: Gradients that are reduced together, in a bucket on the device; a copy of
             it is made where it holds those of several processes.
+        whole_elements: Parameters of at most so many elements stay whole once a layer has needed
+            them; stage 3.
         pin_memory: Lock the pages of what is offloaded: faster, and cannot be swapped out.
         config: A DeepSpeed JSON instead of the fields above. Batch sizes, accumulation, clipping,
             fp16 and bf16 are the recipe's: leave them out, or say `auto`. Sections `optimizer` and
@@ -53,6 +55,10 @@ class Zero(Lever):
 
     brings: ClassVar[frozenset[Circumstance]] = frozenset({"updated_apart"})
     effect: ClassVar[Literal["exact", "lossy"]] = "exact"
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # Models of the table are small: many of their weights would stay whole.
+        "zero stage 3": {"stage": 3, "offload_parameters": "cpu", "whole_elements": 0}
+    }
     whole_process: ClassVar[bool] = True
 
     stage: Literal[1, 2, 3] = 2
@@ -60,6 +66,7 @@ class Zero(Lever):
     offload_parameters: Place = "none"
     nvme_path: str | None = None
     bucket_elements: PositiveInt = 5_000_000
+    whole_elements: NonNegativeInt = 100_000  # DeepSpeed's
     pin_memory: bool = False
     config: str | None = None
 
@@ -69,6 +76,9 @@ class Zero(Lever):
         except InputError:  # `check` tells of it
             stage = self.stage
         return self.brings | ({"divided"} if stage == 3 else set())
+
+    def form(self) -> str:
+        return "zero stage 3" if "divided" in self.brought() else self.name
 
     def check(self, recipe: Recipe) -> Iterator[str]:
         from lowres.bridges import deepspeed, deepspeed_disk, deepspeed_json
@@ -120,12 +130,14 @@ class Zero(Lever):
     def _own_fields(self) -> Iterator[str]:
         usual = type(self)()
         given = [name for name in ("stage", "offload_optimizer", "offload_parameters", "nvme_path",
-                                   "bucket_elements", "pin_memory")
+                                   "bucket_elements", "whole_elements", "pin_memory")
                  if getattr(self, name) != getattr(usual, name)]  # fmt: skip
         if self.config is not None and given:
             yield f"config and {', '.join(given)} say the same twice; give one of the two"
         if self.offload_parameters != "none" and self.stage != 3:
             yield f"stage {self.stage} does not move parameters; use stage 3, or offload_optimizer"
+        if self.whole_elements != usual.whole_elements and self.stage != 3:
+            yield f"stage {self.stage} divides no parameters; use stage 3, or drop whole_elements"
 
     def on_accelerator(self, options: dict[str, Any]) -> dict[str, Any]:
         from lowres.bridges import deepspeed, deepspeed_shapes
@@ -192,4 +204,5 @@ class Zero(Lever):
                     zero[key]["nvme_path"] = self.nvme_path
         if self.stage == 3:
             zero["stage3_prefetch_bucket_size"] = self.bucket_elements
+            zero["stage3_param_persistence_threshold"] = self.whole_elements
         return {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}

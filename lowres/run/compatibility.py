@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -35,9 +36,19 @@ MODELS = ("package:lowres/assets/tiny_lm", "biased")
 """The embedded Llama; where a method finds nothing to train in it, an OPT with random weights."""
 
 
+def forms() -> dict[str, dict[str, Any]]:
+    """Levers as they stand in a recipe, by what the table calls them: name and fields."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in registry.names("lever"):
+        lever: Any = registry.load("lever", name)
+        found[name] = {"name": name, **lever.sample_fields}
+        found |= {form: {"name": name, **fields} for form, fields in lever.forms.items()}
+    return found
+
+
 def kinds() -> tuple[list[str], list[str], list[str]]:
     """The levers by what they change: how weights are loaded, how updates are made, the rest."""
-    levers = registry.names("lever")
+    levers = forms()
     weights = [n for n in levers if _overrides(n, "on_load") and _is_lossy(n)]
     engines = [n for n in levers if n not in weights
                and _overrides(n, "on_engine", "on_optimizer", "on_accelerator")]  # fmt: skip
@@ -56,7 +67,10 @@ def combinations() -> list[Combination]:
         for levers in [*map(_joined, whole), *((name,) for name in others)]:
             one = Combination(method, levers)
             made.setdefault(one.key, one)
-    for pair in itertools.permutations(registry.names("lever"), 2):
+    told = forms()
+    for pair in itertools.permutations(told, 2):
+        if told[pair[0]]["name"] == told[pair[1]]["name"]:
+            continue
         one = Combination(PAIRED_WITH, pair)
         made.setdefault(one.key, one)
     return list(made.values())
@@ -68,12 +82,12 @@ def _joined(parts: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
 
 def _is_lossy(name: str) -> bool:
     """What is, and asks for it at loading, holds the weights in another form."""
-    cls: Any = registry.load("lever", name)
+    cls: Any = registry.load("lever", forms()[name]["name"])
     return bool(cls.effect == "lossy")
 
 
 def _overrides(name: str, *hooks: str) -> bool:
-    cls = registry.load("lever", name)
+    cls = registry.load("lever", forms()[name]["name"])
     return any(getattr(cls, h, None) is not getattr(Lever, h, None) for h in hooks)
 
 
@@ -114,6 +128,8 @@ def fill(
             if sentinel not in ready:
                 process.kill()
             process.join()
+            with contextlib.suppress(ProcessLookupError):  # what it has forked
+                os.killpg(process.pid, signal.SIGKILL)
             cell = _result(ours, process.exitcode, time.monotonic() - started)
             table.cells[one.key] = cell
             shutil.rmtree(folder, ignore_errors=True)
@@ -133,31 +149,51 @@ def _result(ours: Any, code: int | None, seconds: float) -> Cell:
 def _cell(one: Combination, folder: Path, told: Any) -> None:
     import torch
 
-    from lowres.run.compatibility_cell import try_out
-
+    os.setsid()
     torch.set_num_threads(1)
     os.chdir(folder)
     started = time.monotonic()
-    refusal: InputError | None = None
     for number, model in enumerate(MODELS):
-        cell, own = Cell("works", "", model, 0.0), folder / str(number)
+        own = folder / str(number)
         own.mkdir()
-        try:
-            try_out(_recipe(one, model, folder), own)
-        except InputError as error:
-            # Said of this model alone: the other one may have what the method trains.
-            cell.outcome, cell.reason = "refused", error.problems[0].text
-            if refusal is None and error.problems[0].where == "method":
-                refusal = error
-                continue
-        except LowresError as error:
-            cell.outcome, cell.reason = "fails", str(error)
-        except Exception as error:
-            cell.outcome, cell.reason = "fails", f"{type(error).__name__}: {error}"
-        break
+        cell, elsewhere = _apart(one, model, own)
+        if not elsewhere:
+            break
     cell.reason = " ".join(cell.reason.split())[:300]
     cell.seconds = round(time.monotonic() - started, 1)
     told.send(cell)
+
+
+def _apart(one: Combination, model: str, folder: Path) -> tuple[Cell, bool]:
+    """`_tried` in a process of its own: a group of processes that the first model's run made would
+    be the second one's too."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: theirs.send(_tried(one, model, folder)))
+    process.start()
+    theirs.close()
+    with contextlib.suppress(EOFError):
+        answer: tuple[Cell, bool] = ours.recv()
+        return answer
+    process.join()
+    return Cell("fails", f"the process ended with code {process.exitcode}", model, 0.0), False
+
+
+def _tried(one: Combination, model: str, folder: Path) -> tuple[Cell, bool]:
+    """What became of it on this model, and whether the other may have what the method trains."""
+    from lowres.run.compatibility_cell import try_out
+
+    cell = Cell("works", "", model, 0.0)
+    try:
+        try_out(_recipe(one, model, folder), folder)
+    except InputError as error:
+        cell.outcome, cell.reason = "refused", error.problems[0].text
+        return cell, error.problems[0].where == "method"
+    except LowresError as error:
+        cell.outcome, cell.reason = "fails", str(error)
+    except Exception as error:
+        cell.outcome, cell.reason = "fails", f"{type(error).__name__}: {error}"
+    return cell, False
 
 
 def _recipe(one: Combination, model: str, folder: Path) -> Recipe:
@@ -179,8 +215,8 @@ def raw(one: Combination, model: str, folder: Path) -> dict[str, Any]:
     levers: list[dict[str, Any]] = []
     needed: dict[str, Any] = {}
     for name in one.levers:
-        lever: Any = registry.load("lever", name)
-        levers.append({"name": name, **lever.sample_fields})
+        levers.append(forms()[name])
+        lever: Any = registry.load("lever", levers[-1]["name"])
         # The loop below is what all of them can work with.
         needed |= {key: told for key, told in lever.sample_recipe.items() if key != "loop"}
     if model == "biased":

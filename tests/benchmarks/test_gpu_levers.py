@@ -121,6 +121,8 @@ def test_varied_rows_have_four_lengths_and_labels_of_their_own_tokens(tmp_path: 
     case = next(c for c in every(small=True) if c.name == NAME)
     rows = foresee(case, tmp_path / "decoder", None, None).inputs.data.train
     assert {row.length for row in rows} == {8, 16, 24, 32}
+    starts = [sum(row.length for row in rows[:at]) for at in range(len(rows))]
+    assert [row.start for row in rows] == starts
     assert len({tuple(row.inputs["input_ids"]) for row in rows}) == len(rows)
     for row in rows:
         assert len(row.labels) == row.length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.compatibility import PAGE, page
-from lowres.core.compatibility import Combination, Table, told
+from lowres.core import registry
+from lowres.core.compatibility import Cell, Combination, Table, told
 from lowres.core.errors import LowresError
 from lowres.core.nearest import nearest
 from lowres.core.reading import load_recipe
@@ -31,10 +33,27 @@ def test_the_page_is_the_table() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(Table.read())
 
 
-@pytest.mark.parametrize("key", ["lora", "full + nf4_weights", "bitfit"])
+@pytest.mark.parametrize("name", registry.names("lever"))
+def test_a_lever_says_which_of_its_forms_it_has(name: str) -> None:
+    """Behaviour: with the fields of a form, its name in the table; else its own."""
+    cls: Any = registry.load("lever", name)
+    assert cls(**cls.sample_fields).form() == name
+    told = compatibility.forms()
+    assert name in told and set(cls.forms) <= told.keys()
+    for form, fields in cls.forms.items():
+        assert cls(**fields).form() == form != name
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["lora", "full + nf4_weights", "bitfit", "dora + zero stage 3",
+     *(pytest.param(f"{method} + zero stage 3", marks=pytest.mark.slow)
+       for method in ("bitfit", "lora_fa", "prompt_tuning"))],
+)  # fmt: skip
 def test_a_cell_is_made_by_a_run(key: str, in_folder: Path) -> None:
-    """Reference: the table. One that works, one that is refused, one of the second model; in a
-    relative folder."""
+    """Reference: the table. One that works, one that is refused, one of the second model, one of a
+    form of a lever, one of both, one that saves frozen tensors, one that saves prompts which it
+    makes anew; in a relative folder."""
     one = next(c for c in compatibility.combinations() if c.key == key)
     table = Table()
     compatibility.fill(table, [one], Path("cells"), lambda _: None, lambda: None)
@@ -47,6 +66,14 @@ def test_what_hangs_or_crashes_is_a_result(tmp_path: Path, monkeypatch: pytest.M
     table = Table()
     compatibility.fill(table, [Combination("lora")], tmp_path, lambda _: None, lambda: None)
     assert table.cells["lora"].outcome == "fails" and table.cells["lora"].reason == "it hangs"
+
+
+def test_a_process_that_dies_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: its code is told, and no other model is tried."""
+    monkeypatch.setattr(compatibility, "_tried", lambda *_: os._exit(7))
+    cell, elsewhere = compatibility._apart(Combination("lora"), "any", tmp_path)
+    assert (cell.outcome, cell.reason) == ("fails", "the process ended with code 7")
+    assert not elsewhere
 
 
 def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
@@ -157,6 +184,19 @@ def test_a_recipe_is_looked_up_whole_or_in_parts(raw_recipe: Any) -> None:
     assert "fails: for a reason" in told(one, table)
     table.cells["lora + nf4_weights"].outcome = "refused"
     assert "was refused on" in told(one, table) and "for a reason" in told(one, table)
+
+
+def test_a_form_of_a_lever_is_looked_up_in_its_own_cells(raw_recipe: Any) -> None:
+    """Behaviour: what holds of stage 2 says nothing of stage 3."""
+    table = Table(cells=dict(Table.read().cells))
+    table.cells["lora + zero stage 3"] = Cell("fails", "for a reason", "any", 0.0)
+    levers = [{"name": "zero", "stage": 3}]
+    assert "lora + zero stage 3 fails" in told(
+        load_recipe(raw_recipe(method="lora", levers=levers)), table
+    )
+    assert "compatibility: run on" in told(
+        load_recipe(raw_recipe(method="lora", levers=["zero"])), table
+    )
 
 
 @pytest.mark.parametrize(

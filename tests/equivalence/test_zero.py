@@ -23,7 +23,8 @@ from tests.conftest import ROOT
 from tests.equivalence.test_peft_format import READER
 
 ZERO2 = {"name": "zero"}
-ZERO3 = {"name": "zero", "stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
+# Without `whole_elements` all weights of so small a model would stay whole.
+ZERO3 = ZERO2 | {"stage": 3, "offload_parameters": "cpu", "whole_elements": 0}
 NVME = ZERO3 | {"offload_optimizer": "nvme", "offload_parameters": "nvme"}
 CASES = [
     pytest.param(ZERO2, 0, marks=pytest.mark.slow),
@@ -207,6 +208,23 @@ def test_methods_that_read_whole_weights_train_the_same(
     keys = raw_recipe("decoder", method=method, objective="label_words", loop={"steps": 4})
     plain, record = _both(keys, ZERO2, tmp_path)
     assert record["losses"] == pytest.approx(plain.losses, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_saved_with_its_frozen_weights(
+    raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Reference: what the plain run saves; frozen blocks bit for bit."""
+    keys = raw_recipe("decoder", method="full", objective="label_words", loop={"steps": 4})
+    keys |= {"freezing": {"name": "prefix", "frozen": 1}}
+    _, record = _both(keys, ZERO3, tmp_path)
+    plain, ours = (load_file(tmp_path / run / "model" / "model.safetensors")
+                   for run in ("plain", "run"))  # fmt: skip
+    assert plain.keys() == ours.keys()
+    frozen = [key for key in plain if ".layers.0." in key]
+    assert frozen and all(torch.equal(plain[key], ours[key]) for key in frozen)
+    for key, value in plain.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lowres.bridges import left_locks
 from lowres.bridges.left_locks import stop_at_left_locks
 from lowres.core.errors import LowresError
 
@@ -18,6 +19,7 @@ def test_a_lock_that_nobody_holds_is_named_and_one_that_is_held_is_waited_for(
     """Behaviour: torch's own lock, as it is while a build goes on and after its process died."""
     from torch.utils.file_baton import FileBaton
 
+    monkeypatch.setattr(left_locks, "GIVEN_BACK_SECONDS", 0)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     folder = tmp_path / where
     folder.mkdir(parents=True)
@@ -28,3 +30,28 @@ def test_a_lock_that_nobody_holds_is_named_and_one_that_is_held_is_waited_for(
     os.close(baton.fd)  # as the system does when a process is killed
     with pytest.raises(LowresError, match=r"lock' was left by a build that died.*delete it"):
         stop_at_left_locks()
+
+
+@pytest.mark.parametrize("taken_again", [False, True])
+def test_a_lock_that_is_just_given_back_is_no_left_one(
+    taken_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: closed when it is looked for, then deleted; or another build's by then, that
+    gives it back in its turn."""
+    from torch.utils.file_baton import FileBaton
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "async_io").mkdir()
+    baton = FileBaton(str(tmp_path / "async_io" / "lock"))
+    assert baton.try_acquire()
+    os.close(baton.fd)
+
+    def meanwhile(_: float) -> None:
+        os.remove(baton.lock_file_path)
+        if taken_again:
+            other = FileBaton(baton.lock_file_path)
+            assert other.try_acquire()
+            os.close(other.fd)
+
+    monkeypatch.setattr(left_locks.time, "sleep", meanwhile)
+    stop_at_left_locks()

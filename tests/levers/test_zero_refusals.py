@@ -22,6 +22,7 @@ ZERO3 = {"name": "zero", "stage": 3, "offload_optimizer": "cpu", "offload_parame
     ("lever", "said"),
     [
         ({"offload_parameters": "cpu"}, "use stage 3"),
+        ({"whole_elements": 0}, "use stage 3"),
         ({"offload_optimizer": "nvme"}, "nvme_path"),
         ({"config": "x.json", "stage": 3}, "twice"),
     ],
