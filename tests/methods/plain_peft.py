@@ -36,6 +36,14 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+def aligned(model: Any) -> Any:
+    """The model with its tensors copied to where tensors of torch begin. What is mapped from a file
+    begins anywhere, and some processors then round a product otherwise in its last bit."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def train(model: Any, steps: int) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained, "nothing is trained"
@@ -109,7 +117,8 @@ class Life:
         assert torch.equal(logits(self.loaded()), self.trained)
 
     def loads_without_memory_for_a_first_value(self) -> None:
-        assert torch.equal(logits(self.loaded(low_cpu_mem_usage=True)), self.trained)
+        model = aligned(self.loaded(low_cpu_mem_usage=True))
+        assert torch.equal(logits(model), self.trained)
 
     def goes_on_training(self) -> None:
         model = self.loaded(is_trainable=True)
@@ -163,7 +172,7 @@ class Life:
     def is_loaded_by_transformers(self) -> None:
         model = self.fresh()
         model.load_adapter(str(self.folder))
-        assert torch.equal(logits(model), self.trained)
+        assert torch.equal(logits(aligned(model)), self.trained)
         assert torch.equal(answer(model), argmax(model))
         model.disable_adapters()
         assert torch.equal(logits(model), self.plain), "it does not switch off"
@@ -174,7 +183,7 @@ class Life:
         config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
         assert config["base_model_name_or_path"] == self.base
         model = AutoModelForCausalLM.from_pretrained(self.folder)
-        assert torch.equal(logits(model), self.trained)
+        assert torch.equal(logits(aligned(model)), self.trained)
 
     def merges_or_says_why_not(self) -> None:
         model = self.loaded()
