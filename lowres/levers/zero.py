@@ -44,8 +44,8 @@ class Zero(Lever):
         nvme_path: Folder on a fast disk, for `nvme`.
         bucket_elements: Gradients that are reduced together, in a bucket on the device; a copy of
             it is made where it holds those of several processes.
-        whole_elements: Parameters of at most so many stay whole once a layer has needed them; stage
-            3.
+        whole_elements: Parameters of at most so many elements stay whole once a layer has needed
+            them; stage 3.
         pin_memory: Lock the pages of what is offloaded: faster, and cannot be swapped out.
         config: A DeepSpeed JSON instead of the fields above. Batch sizes, accumulation, clipping,
             fp16 and bf16 are the recipe's: leave them out, or say `auto`. Sections `optimizer` and
