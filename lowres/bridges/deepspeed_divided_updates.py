@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowres.bridges.deepspeed_divided import Divided
+from lowres.bridges.deepspeed_engine import PlannedEngine, copied_to_save
 from lowres.bridges.deepspeed_fetches import Fetches
 from lowres.bridges.deepspeed_hooks import Hooks
 from lowres.bridges.deepspeed_parts import HERE, Part, gather_now
@@ -23,33 +24,20 @@ if TYPE_CHECKING:
     from lowres.core.engine import Engine
 
 
-class DividedUpdates:
+class DividedUpdates(PlannedEngine):
     """The engine over `Divided`: gradients go through a bucket into parts."""
 
-    keeps_gradients = False
-    last_differs = True  # the first pass is recorded; after the last, gradients are moved
+    _held: Divided
 
     def __init__(self, inner: Engine, settings: Settings) -> None:
-        self.accelerator, self.learner = inner.accelerator, inner.learner
-        self.optimizer = inner.optimizer
-        self._held: Divided = getattr(inner.optimizer, "optimizer", inner.optimizer)
+        super().__init__(inner)
         held, model = self._held, self.learner.base
         self._fetches = Fetches(model, held.parts, settings, held.processes)
         self._hooks = Hooks(model, self._fetches, held.parts, held.processes)
         self._waiting: list[Part] = []
-        self._last = True
         for group in held.groups:
             for part in group.parts:
                 part.parameter.register_post_accumulate_grad_hook(self._came)
-
-    def buffers(self) -> Iterator[tuple[torch.Tensor, str]]:
-        return self._held.buffers()
-
-    def begin(self, lr: float) -> None:
-        pass
-
-    def passes(self) -> Iterator[contextlib.AbstractContextManager[Any]]:
-        yield contextlib.nullcontext()
 
     def accumulate(self, loss_sum: torch.Tensor, share: float, last: bool) -> None:
         self._last = last
@@ -104,9 +92,6 @@ class DividedUpdates:
         self.optimizer.step()
         return None
 
-    def discard(self) -> None:
-        raise NotImplementedError("a plan discards nothing")
-
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[list[Part]]:
         trained = [part for group in self._held.groups for part in group.parts]
@@ -118,12 +103,8 @@ class DividedUpdates:
     def saving(self, model: Any) -> list[torch.Tensor]:
         """All trained parameters together; in one process they share a storage, and are copied as
         in `PlannedUpdates.saving`."""
-        named = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
         with self._gathered() as trained:
-            copied = []
-            if self._held.processes == 1 and len(trained) > 1:
-                if hasattr(model, "peft_config"):
-                    copied = trained[1:]
-                else:
-                    copied = [p for p in trained if named.count(id(p.parameter)) == 1]
-            return [part.parameter.detach().clone() for part in copied]
+            parameters = [part.parameter for part in trained]
+            together = self._held.processes == 1 and len(parameters) > 1
+            copied = copied_to_save(model, parameters) if together else []
+            return [parameter.detach().clone() for parameter in copied]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lowres.bridges.deepspeed_parts import Place
 from lowres.core import host
 
 
@@ -90,16 +91,16 @@ class Partitions(torch.optim.Optimizer):
     ) -> None:
         super().__init__(inner.param_groups, inner.defaults)
         self._inner, self.offload, self.processes = inner, offload, wanted.processes
-        self._apart, self._pinned = wanted.apart and offload, pinned and wanted.apart
+        self.place = Place(wanted.apart and offload, pinned)
         self.state, self.param_groups = inner.state, inner.param_groups
         self.groups = [self._divided(group) for group in inner.param_groups]
         largest = max(p.numel() for group in self.groups for p in group.parameters)
         self.dtype = self.groups[0].flat.dtype
         self.staging = [torch.empty(largest, dtype=self.dtype)] if offload else []
         if offload:
-            self.staging.append(self.hosted(largest, self.dtype))
+            self.staging.append(self.place.empty(largest, self.dtype))
             for group in self.groups:
-                group.master.grad = self.hosted(group.size, torch.float32)
+                group.master.grad = self.place.empty(group.size, torch.float32)
         else:
             for group in self.groups:
                 group.master.grad = torch.empty(group.size, dtype=torch.float32)
@@ -125,25 +126,13 @@ class Partitions(torch.optim.Optimizer):
             made.own[id(parameter)] = max(0, min(at + parameter.numel(), made.size) - at)
             at += parameter.numel()
         made.master = flat[: made.size].clone()
-        if self._apart or made.master.dtype != torch.float32:
-            made.master = self.hosted(made.size, torch.float32)
+        if self.place.apart or made.master.dtype != torch.float32:
+            made.master = self.place.empty(made.size, torch.float32)
         if self.offload:
-            made.buffer = self.hosted(made.size, flat.dtype)
+            made.buffer = self.place.empty(made.size, flat.dtype)
         made.master.requires_grad_(True)
         group["params"] = [made.master]
         return made
-
-    def hosted(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory where the part is: on the host when it is offloaded."""
-        if not self._apart:
-            return torch.empty(elements, dtype=dtype)
-        kind: host.Memory = "pinned" if self._pinned else "pageable"
-        with host.memory(kind):
-            return host.mark(torch.empty(elements, dtype=dtype), kind)
-
-    def there(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, what is allocated lies where the part is."""
-        return host.memory() if self._apart else contextlib.nullcontext()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -151,11 +140,11 @@ class Partitions(torch.optim.Optimizer):
         for group, options in zip(self.groups, every, strict=True):
             if not self.offload:
                 group.master.grad = self._gathered(group)
-            with self.there():
+            with self.place.there():
                 self._inner.param_groups = [options]
                 self._inner.step()
                 for value in self.state[group.master].values():
-                    if self._apart and isinstance(value, torch.Tensor):
+                    if self.place.apart and isinstance(value, torch.Tensor):
                         host.mark(value)
             if not self.offload:
                 group.master.grad = None
@@ -175,7 +164,7 @@ class Partitions(torch.optim.Optimizer):
         return gathered
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with self.there():
+        with self.place.there():
             self._inner.load_state_dict(state_dict)
         self.state, self.param_groups = self._inner.state, self._inner.param_groups
 
