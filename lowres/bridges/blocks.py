@@ -40,20 +40,18 @@ def map_blocks(
             "decoder_layers",
         )  # fmt: skip
     }
-    stacks: list[str] = []
+    stacks: dict[str, int] = {}
     for path, module in model.named_modules():
         nested = any(path.startswith(s + ".") for s in stacks)
         if isinstance(module, nn.ModuleList) and len(module) in depths and not nested:
-            stacks.append(path)
-    names = tuple(
-        f"{stack}.{i}" for stack in stacks for i in range(len(model.get_submodule(stack)))
-    )
+            stacks[path] = len(module)
+    names = tuple(f"{stack}.{i}" for stack, depth in stacks.items() for i in range(depth))
     if not names:
         raise LowresError(
             f"no repeated blocks were found in {type(model).__name__}; "
             f"its config says {depths} layers"
         )
-    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     stem, head, lost = set(), set(), []
     fresh_set = set(fresh) if pretrained else set()
     for path, module in model.named_modules():

@@ -28,13 +28,16 @@ from lowres.bridges.peft import bare
 class _AsLinear(Conv1D, nn.Linear):
     """What a Conv1D is for a moment."""
 
-    @property
-    def in_features(self) -> int:
-        return int(self.nx)
+    nx: int
+    nf: int
 
     @property
-    def out_features(self) -> int:
-        return int(self.nf)
+    def in_features(self) -> int:  # type: ignore[override]
+        return self.nx
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        return self.nf
 
 
 @contextlib.contextmanager
@@ -53,7 +56,10 @@ def _as_linear(base: Any) -> Iterator[None]:
         base.__class__ = kind
 
 
-class _Turned:
+_Layer: Any = object  # a layer of PEFT, in the classes below
+
+
+class _Turned(_Layer):
     """A layer of PEFT for Linear, over a Conv1D."""
 
     def __init__(self, base_layer: Any, *args: Any, **kwargs: Any) -> None:

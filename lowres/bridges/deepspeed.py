@@ -14,7 +14,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lowres.bridges import adapter_files, left_locks
 from lowres.core.errors import Diverged, InputError, OutOfMemory, Problem
@@ -141,7 +141,7 @@ class ZeroUpdates:
         self.accelerator = inner.accelerator
         self.learner: Learner = inner.learner
         self.optimizer = inner.optimizer
-        self.engine: Any = inner.learner.module
+        self.engine = cast(Any, inner.learner.module)
         self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._processes = int(self.engine.dp_world_size)
         self._clipping = float(self.engine.gradient_clipping())

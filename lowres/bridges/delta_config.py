@@ -37,7 +37,7 @@ class DeltaConfig(PeftConfig):
             of them) and `settings`. Found from the model by the method where it is left out.
     """
 
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     target_parameters: list[str] | None = None

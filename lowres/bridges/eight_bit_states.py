@@ -21,7 +21,7 @@ class _BitsByGroup:
     """
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-        config = super().get_config(gindex, pindex, group)
+        config = super().get_config(gindex, pindex, group)  # type: ignore[misc]
         return config | {"optim_bits": group["optim_bits"]}
 
 
@@ -57,7 +57,6 @@ def optimizer(
         groups: Parameter groups, each with `optim_bits` 8 or 32.
         fields: As bitsandbytes names them.
     """
-    made: torch.optim.Optimizer = {"AdamW8bit": AdamW8bit, "PagedAdamW8bit": PagedAdamW8bit}[name](
-        groups, **fields
-    )
+    kinds: dict[str, Any] = {"AdamW8bit": AdamW8bit, "PagedAdamW8bit": PagedAdamW8bit}
+    made: torch.optim.Optimizer = kinds[name](groups, **fields)
     return made

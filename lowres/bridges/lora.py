@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -100,7 +101,8 @@ def making() -> contextlib.AbstractContextManager[Any]:
 def settle(model: nn.Module) -> None:
     """Have layers that PEFT put in compute so, where they are LoRA or DoRA without dropout: what is
     dropped out is another input in each layer, and is made in the wide type."""
-    for layer in model.modules():
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
         if type(layer) not in _LEAN:
             continue
         for adapter, down in layer.lora_A.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.mapping import (
@@ -65,7 +65,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """An adapter's deltas at this module."""
         if adapter_name not in self.lowres_delta_parts:
             return ()
-        return tuple(self.lowres_delta_parts[adapter_name].values())
+        return tuple(cast(nn.ModuleDict, self.lowres_delta_parts[adapter_name]).values())
 
     def working(self) -> list[Any]:
         """The deltas that take part in a forward pass now."""

@@ -74,7 +74,9 @@ class Prefix:
         Raises:
             InputError: When the blocks hand on more than that to those above, or drop out.
         """
-        count, made, ran = len(self.names), [], []
+        count = len(self.names)
+        made: list[torch.Tensor] = []
+        ran: list[nn.Module] = []
         body = self.model.base_model
         if getattr(self.model.config, "is_encoder_decoder", False):
             body = self.model.get_encoder()

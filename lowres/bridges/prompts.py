@@ -37,6 +37,8 @@ class _Prompted(PeftModel):
     vectors that are the same with autocast and when they are saved; and no warning that positions
     made without the prompt are put aside."""
 
+    _adapters_disabled: bool
+
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         heads = [m for m in self.base_model.modules() if isinstance(m, ModulesToSaveWrapper)]

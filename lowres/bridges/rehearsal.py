@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -141,7 +141,7 @@ def _materialise(
         return make(tensor.shape, dtype=tensor.dtype, device="cpu")
 
     # What transformers holds in 32 bits although 16 were asked for.
-    wide = getattr(model, "_get_dtype_plan", lambda _: {})(wanted)
+    wide: Mapping[str, Any] = getattr(model, "_get_dtype_plan", lambda _: {})(wanted)
     made: dict[int, nn.Parameter] = {}
     owners = dict(model.named_modules())
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
@@ -158,9 +158,9 @@ def _materialise(
             made[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
         del value
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = made[id(parameter)]
+        for name, held in module._parameters.items():
+            if held is not None:
+                module._parameters[name] = made[id(held)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = real(buffer)

@@ -188,7 +188,7 @@ def _attentions_of(block: str, linears: list[str]) -> list[Attention]:
         if key and value and out:
             cross = any(word in path for word in _CROSS)
             full = [f"{block}.{n}" for n in (inner, query, key, value, out)]
-            found.append(Attention(block, *full, cross))
+            found.append(Attention(block, *full, cross))  # type: ignore[call-arg, arg-type]
     if not found:
         raise _refused(f"no attention is known in {block}; its linear layers are {linears}")
     return found

@@ -46,7 +46,7 @@ def stream(model: nn.Module, names: tuple[str, ...], resident: int) -> Streamed:
             slot.host = host.mark(slot.host.to("cpu"), kind)
             slot.point(slot.host)
         setattr(block, _MARK, streamed)
-        block.forward = _streaming(block.forward, streamed, number)  # type: ignore[method-assign]
+        block.forward = _streaming(block.forward, streamed, number)
     return streamed
 
 
@@ -103,7 +103,7 @@ def _stay_behind(block: nn.Module, frozen: set[int]) -> None:
                 parameters[name] = parameter
         return block
 
-    block._apply = apply  # type: ignore[assignment]
+    block._apply = apply  # type: ignore[method-assign]
 
 
 def _streaming(forward: Callable[..., Any], streamed: Streamed, number: int) -> Callable[..., Any]:
@@ -134,7 +134,7 @@ def _streaming(forward: Callable[..., Any], streamed: Streamed, number: int) -> 
         made = _first(out if isinstance(out, list | tuple) else (out,))
         if made is not None and made.requires_grad:
             # Not every layer saves its weights where hooks see them: 4-bit ones do not.
-            made.register_hook(called_back)  # type: ignore[no-untyped-call]
+            made.register_hook(called_back)
         return out
 
     return run
