@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowres.core.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+RECORDS = Path("benchmarks/records")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -19,9 +23,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 )
 def command(
     suite: Annotated[Path, typer.Argument(help="A suite file, or `compatibility` for that table.")],
-    records: Annotated[Path, typer.Option(help="Where records are kept.")] = Path(
-        "benchmarks/records"
-    ),
+    records: Annotated[
+        Path, typer.Option(help="Where records are kept; the table's place is in lowres/assets.")
+    ] = RECORDS,
     scratch: Annotated[Path, typer.Option(help="Scratch folder; it is emptied.")] = Path(
         "runs/bench"
     ),
@@ -36,8 +40,13 @@ def command(
     """
     say = lambda text: typer.echo(text, err=True)
     if str(suite) == "compatibility":
+        if records != RECORDS:
+            text = "the table is kept in lowres/assets/compatibility; leave --records out"
+            raise InputError("--records", [text])
         _compatibility(scratch, only, say)
         return
+    if only:
+        raise InputError("--only", ["it goes with `lowres bench compatibility`; leave it out"])
     from lowres.report.table import print_comparison
     from lowres.run import suite as suite_module
 
@@ -55,13 +64,12 @@ def _compatibility(scratch: Path, only: str, say: Callable[[str], None]) -> None
     keys = {one.key for one in every}
     table.cells = {key: cell for key, cell in table.cells.items() if key in keys}
     if only:
-        levers = compatibility.forms()
-        parts = [(one.method, *(levers[form]["name"] for form in one.levers)) for one in every]
-        wanted = [one for one, names in zip(every, parts, strict=True) if only in names]
+        wanted = compatibility.holding(only, every)
     else:
         wanted = [one for one in every if one.key not in table.cells]
     say(f"{len(wanted)} of {len(every)} combinations to run")
-    table.environment = compatibility.surroundings()
+    if wanted:
+        table.environment = compatibility.surroundings()
     compatibility.fill(table, wanted, scratch / "compatibility", say, table.write)
     table.write()
     counted = Counter(cell.outcome for cell in table.cells.values())

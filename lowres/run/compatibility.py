@@ -76,6 +76,23 @@ def combinations() -> list[Combination]:
     return list(made.values())
 
 
+def holding(part: str, every: Sequence[Combination]) -> list[Combination]:
+    """Those with a method or lever.
+
+    Raises:
+        InputError: Where none has it.
+    """
+    levers = forms()
+    found = [one for one in every
+             if part in (one.method, *(levers[form]["name"] for form in one.levers))]  # fmt: skip
+    if not found:
+        known = {part for one in every for part in (one.method, *one.levers)}
+        raise InputError(
+            "--only", [f"no combination holds '{part}'{registry.did_you_mean(part, known)}"]
+        )
+    return found
+
+
 def _joined(parts: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(itertools.chain.from_iterable(parts))
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.compatibility import PAGE, page
 from lowres.core import registry
 from lowres.core.compatibility import Cell, Combination, Table, told
-from lowres.core.errors import LowresError
+from lowres.core.errors import InputError, LowresError
 from lowres.core.nearest import nearest
 from lowres.core.reading import load_recipe
 from lowres.run import compatibility
@@ -241,3 +241,38 @@ def test_a_cell_that_does_not_work_is_not_the_nearest() -> None:
     broken = dataclasses.replace(works, outcome="fails")
     table.cells["lora + nf4_weights + gradient_checkpointing"] = broken
     assert nearest(recipe, changes, table) == ["levers=[gradient_checkpointing]", "method=bitfit"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compatibility", "--only", "lorra"], "no combination holds 'lorra'; did you mean 'lora'?"),
+        (["compatibility", "--records", "here"], "leave --records out"),
+        (["smoke.yaml", "--only", "lora"], "it goes with `lowres bench compatibility`"),
+    ],
+)  # fmt: skip
+def test_what_would_run_nothing_leaves_the_table_alone(words: list[str], said: str) -> None:
+    """Behaviour: neither its cells nor where they come from are written."""
+    from typer.testing import CliRunner
+
+    from lowres.cli.bench import app
+    from lowres.core.compatibility import PATH
+
+    before = PATH.stat().st_mtime_ns
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, InputError) and said in str(done.exception)
+    assert PATH.stat().st_mtime_ns == before
+
+
+def test_a_table_that_lacks_nothing_keeps_where_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Behaviour: versions and commit are those of the newest cells, and none was run."""
+    from lowres.cli import bench
+
+    table = Table.read()
+    table.environment = {"commit": "of its cells"}
+    monkeypatch.setattr(Table, "read", lambda: table)
+    monkeypatch.setattr(Table, "write", lambda self: None)
+    bench._compatibility(tmp_path, "", lambda _: None)
+    assert table.environment == {"commit": "of its cells"}
