@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 TRAINED = "trained.safetensors"
 METHOD = "method.safetensors"
+_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -30,7 +35,8 @@ def make(recipe: Recipe) -> Any:
     Levers change its options (`on_accelerator`).
 
     Raises:
-        InputError: When the device cannot do the precision asked for.
+        InputError: When the device cannot do the precision asked for, or the launcher wants an
+            engine that the recipe does not name.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -44,6 +50,7 @@ def make(recipe: Recipe) -> Any:
         AcceleratorState._reset_state(reset_partial_state=True)
     options = fold({"mixed_precision": loop.precision}, recipe.levers, "on_accelerator")
     divides = options.get("deepspeed_plugin") is not None
+    _stop_at_other_engines(divides)
     try:
         made = Accelerator(**options)
         if divides:
@@ -68,6 +75,20 @@ def make(recipe: Recipe) -> Any:
                 )
             ],
         ) from error
+
+
+def _stop_at_other_engines(divides: bool) -> None:
+    """A launcher's own settings of an engine would change what the recipe says, or break it."""
+    on = [name for key, name in _ENGINES.items() if os.environ.get(key, "").lower() == "true"]
+    # accelerate keeps DeepSpeed's switch for the process; the launcher alone sets this beside it.
+    if divides or "ACCELERATE_CONFIG_DS_FIELDS" not in os.environ:
+        on = [name for name in on if name != "DeepSpeed"]
+    if on:
+        text = (
+            f"it was launched with settings of {on[0]}, and the recipe has no lever for that; add "
+            "the lever 'zero', which divides with DeepSpeed, or launch without those settings"
+        )
+        raise InputError("the recipe", [Problem("levers", text)])
 
 
 def is_main() -> bool:

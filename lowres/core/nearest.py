@@ -1,4 +1,4 @@
-"""What to change in a recipe that is refused: the fewest levers less, or another method."""
+"""What to change in a recipe that is refused: a lever's fields, levers, optimizer or method."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from lowres.core.reading import load_recipe, raw_recipe
 
 METHODS = ("lora", "bitfit", "full")
 """Tried in place of the recipe's own, in this order: the first works with most levers."""
+OPTIMIZER = "adamw"
 MOST_DROPPED = 2
 
 
 def nearest(source: str | Path, overrides: Sequence[str], table: Table) -> list[str]:
     """Values of `--set` with each of which the recipe is accepted and no cell of the table speaks
-    against it: one with levers taken out, and one with another method, where there are such."""
+    against it, where there are such: one with levers as they are by themselves, one with the plain
+    optimizer, one with levers taken out and one with another method."""
     try:
         raw = raw_recipe(source, overrides)
     except InputError:
         return []
     levers = raw.get("levers") or []
-    ways = [_without(levers if isinstance(levers, list) else []), _other_methods(raw)]
+    levers = levers if isinstance(levers, list) else []
+    ways = [_without_fields(levers), _plain_optimizer(raw), _without(levers), _other_methods(raw)]
     return [change for way in ways for change in _first(way, source, overrides, table)]
 
 
@@ -41,6 +44,19 @@ def _first(
         if all(cell is None or cell.outcome == "works" for _, cell in table.of(recipe)):
             yield change
             return
+
+
+def _without_fields(levers: Sequence[Any]) -> Iterator[str]:
+    """The list with one lever as it is when nothing is said of it."""
+    for at, lever in enumerate(levers):
+        if isinstance(lever, dict) and lever.keys() > {"name"}:
+            yield f"levers={_flow([*levers[:at], lever['name'], *levers[at + 1 :]])}"
+
+
+def _plain_optimizer(raw: dict[str, Any]) -> Iterator[str]:
+    told = raw.get("optimizer")
+    if isinstance(told, dict) and told.get("name") != OPTIMIZER and "lr" in told:
+        yield f"optimizer={{name: {OPTIMIZER}, lr: {told['lr']}}}"
 
 
 def _without(levers: Sequence[Any]) -> Iterator[str]:

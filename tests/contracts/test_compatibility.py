@@ -207,6 +207,10 @@ def test_a_form_of_a_lever_is_looked_up_in_its_own_cells(raw_recipe: Any) -> Non
          ["levers=[gradient_checkpointing, nf4_weights]"]),
         (["levers=[{name: bf16_weights}, int8_weights, nf4_weights]"],
          ['levers=[{"name": "bf16_weights"}]']),
+        (["levers=[nf4_weights, {name: zero, stage: 3}]"],
+         ["levers=[nf4_weights, zero]", "levers=[nf4_weights]"]),
+        (["levers=[zero]", "optimizer={name: adafactor, lr: 0.001}"],
+         ["optimizer={name: adamw, lr: 0.001}", "levers=[]"]),
         (["levers=[nf4_weights]", "loop.epoch=1"], []),
     ],
 )  # fmt: skip
@@ -246,7 +250,7 @@ def test_a_cell_that_does_not_work_is_not_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["compatibility", "--only", "lorra"], "no combination holds 'lorra'; did you mean 'lora'?"),
+        (["compatibility", "--only", "lorra"], "no combination holds 'lorra'; did you mean 'lora'"),
         (["compatibility", "--records", "here"], "leave --records out"),
         (["smoke.yaml", "--only", "lora"], "it goes with `lowres bench compatibility`"),
     ],

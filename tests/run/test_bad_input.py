@@ -178,6 +178,17 @@ def test_float16_on_a_cpu(
     refused(recipe(loop={"precision": "fp16"}), tmp_path, expected)
 
 
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])
+def test_a_launcher_that_wants_an_engine_of_its_own(
+    engine: str, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: what `accelerate launch --config_file` sets; DeepSpeed would stop with a traceback
+    and FSDP divide what the recipe leaves whole."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "")
+    refused(recipe(), tmp_path, "launched with settings of ")
+
+
 def test_an_output_folder_is_never_overwritten(recipe: Callable[..., Any], tmp_path: Path) -> None:
     """Behaviour: what lies there stays as it was."""
     (tmp_path / "out").mkdir()
