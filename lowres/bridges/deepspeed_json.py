@@ -46,7 +46,7 @@ def settings_from(path: str) -> dict[str, Any]:
     if not isinstance(zero, dict):
         raise _refusal(f"'{path}' has no section zero_optimization, so it asks for no ZeRO stage")
     stage = zero.get("stage")
-    if isinstance(stage, bool) or stage not in (1, 2, 3):
+    if type(stage) is not int or stage not in (1, 2, 3):
         raise _refusal(f"'{path}' says zero_optimization.stage {json.dumps(stage)}; say 1, 2 or 3")
     return dict(found)
 

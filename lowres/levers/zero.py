@@ -50,7 +50,8 @@ class Zero(Lever):
         pin_memory: Lock the pages of what is offloaded: faster, and cannot be swapped out.
         config: A DeepSpeed JSON instead of the fields above. Batch sizes, accumulation, clipping,
             fp16 and bf16 are the recipe's: leave them out, or say `auto`. Sections `optimizer` and
-            `scheduler` are refused, for the recipe has its own.
+            `scheduler` are refused, for the recipe has its own, and so is what DeepSpeed does not
+            know.
     """
 
     brings: ClassVar[frozenset[Circumstance]] = frozenset({"updated_apart"})
@@ -81,7 +82,7 @@ class Zero(Lever):
         return "zero stage 3" if "divided" in self.brought() else self.name
 
     def check(self, recipe: Recipe) -> Iterator[str]:
-        from lowres.bridges import deepspeed, deepspeed_disk, deepspeed_json
+        from lowres.bridges import deepspeed, deepspeed_disk, deepspeed_json, deepspeed_known
 
         missing = deepspeed.problem()
         if missing is not None:
@@ -93,6 +94,10 @@ class Zero(Lever):
             yield from (problem.text for problem in error.problems)
             return
         if self.config is not None:
+            wrong = list(deepspeed_known.unknown(settings)) if missing is None else []
+            if wrong:
+                yield from wrong
+                return
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             yield from deepspeed_json.contradictions(settings, recipe, processes)
         zero = settings["zero_optimization"]

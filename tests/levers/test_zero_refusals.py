@@ -70,11 +70,28 @@ CONTRADICTING: dict[str, tuple[dict[str, Any], str]] = {
              'zero_optimization.sub_group_size "auto", which nothing fills in; say a value'),
     "stage 0": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage 0; say 1, 2 or 3"),
     "no stage": ({"zero_optimization": {}}, "zero_optimization.stage null; say 1, 2 or 3"),
+    "stage 2.0": ({"zero_optimization": {"stage": 2.0}}, "zero_optimization.stage 2.0; say 1, 2"),
+    "misspelt": ({"gradient_cliping": 0.1},
+                 "'gradient_cliping', which is not handed on to DeepSpeed; did you mean 'gradient"),
+    "unheard of": ({"progressive_layer_drop": {"enabled": True}},
+                   "'progressive_layer_drop', which is not handed on to DeepSpeed; take it out"),
+    "misspelt in zero": ({"zero_optimization": {"stage": 2, "overlap_com": True}},
+                         "DeepSpeed does not know; did you mean 'overlap_comm'?"),
+    "no section of its own": ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+                              'offload_optimizer "cpu", and DeepSpeed: Input should be a valid'),
+    "place": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpuu"}}},
+              """offload_optimizer.device "cpuu", and DeepSpeed: Input should be 'none', 'cpu'"""),
+    "rounding": ({"communication_data_type": "fp16"}, "sent in the type that they have; take it"),
+    "predivision": ({"gradient_predivide_factor": 2.0}, "lowres divides the loss"),
+    "another optimizer": ({"zero_force_ds_cpu_optimizer": True}, "the recipe's optimizer updates"),
+    "quantised": ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "rounds"),
+    "late": ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "updates late"),
     "no section": ({"zero_optimization": None}, "has no section zero_optimization"),
 }  # fmt: skip
 AGREEING: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 4, "train_batch_size": 8, "gradient_accumulation_steps": 2,
     "gradient_clipping": 1.0, "bf16": {"enabled": False}, "zero_optimization": {"stage": 2},
+    "zero_force_ds_cpu_optimizer": False, "curriculum_learning": {"enabled": False},
 }  # fmt: skip
 
 
