@@ -4,7 +4,7 @@ nothing else?
 `gradients`: in the first two updates every trained parameter has a finite gradient. `moved`: after
 them every trained parameter has another value. `frozen`: the bytes of what is frozen have the same
 sums at the end. `saved`: what was trained lies bit for bit, under its name, in the files that were
-written.
+written. `rounding` is a remark: most weights of 16 bits stayed as they were.
 
 A part names the guards that cannot hold for it in `waives`. All work on sums of integers over the
 bytes that are there: nothing is copied, and nothing is read while memory or time are measured but
@@ -28,6 +28,7 @@ from lowres.core.errors import Diverged, GuardFailed, some
 from lowres.core.parts import Guard
 from lowres.core.recipe import Recipe
 from lowres.run.checksums import checksum, fingerprint
+from lowres.run.rounding import Rounding
 from lowres.run.written import stop_at_lost
 
 UPDATES = 2
@@ -64,6 +65,9 @@ class Guards:
         self._updates = 0
         self._ever: list[str] = []
         self._divided = deepspeed.is_divided(optimizer)
+        # DeepSpeed holds float32 copies of what it updates.
+        rate = 0.0 if self._divided else float(getattr(recipe.optimizer, "lr", 0.0))
+        self._rounding = Rounding(model, optimizer, rate, event)
         self._told = self._divided or not keeps_gradients
         self._arrived: dict[str, float] = {}
         """The largest of the gradients as they came: DeepSpeed takes them away, and updates within
@@ -101,6 +105,7 @@ class Guards:
                 self._hooks.append(hook.remove)
         if "frozen" not in self._waived:
             self._frozen = dict(_frozen_sums(self._model))
+        self._rounding.begin()
 
     @property
     def watching(self) -> bool:
@@ -161,6 +166,8 @@ class Guards:
         rates = {id(p): float(g["lr"]) for g in self._optimizer.param_groups for p in g["params"]}
         # DeepSpeed's optimizer holds parts of parameters, in stage 3 none between updates.
         usual = max(float(g["lr"]) for g in self._optimizer.param_groups) if self._divided else 0.0
+        if not skipped:
+            self._rounding.updated(max((usual, *rates.values())))
         if skipped or not self.watching or not any((usual, *rates.values())):
             return
         there = dict(_trained(self._model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,39 @@ def test_updates_below_the_resolution_are_remarked_on_and_no_failure(
     record = go(one, tmp_path)
     (remark,) = [e.text for e in record.events if e.kind == "moved"]
     assert record.outcome == "ok" and "layer_norm.weight" in remark
+
+
+@pytest.mark.parametrize(
+    ("lr", "dtype", "levers", "remarked"),
+    [
+        (1e-5, "bfloat16", [], True),
+        (1e-5, "bfloat16", ["optimizer_in_backward"], True),
+        (1e-5, "bfloat16", [{"name": "optimizer_offload", "float32_master": True}], False),
+        (1e-2, "bfloat16", [], False),
+        (1e-5, "float32", [], False),
+    ],
+    ids=["small", "small in backward", "with wider copies", "large", "float32"],
+)
+def test_updates_that_are_rounded_away_are_remarked_on(
+    lr: float, dtype: str, levers: list[Any], remarked: bool, recipe: Callable[..., Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Closed form: Adam moves by the rate, which is less than half of what bfloat16 resolves of a
+    weight above 512 times the rate; weights here are normal with a deviation of 0.02. A warm-up is
+    waited for."""
+    one = recipe(
+        method="full", model={"dtype": dtype}, levers=levers,
+        optimizer={"name": "adamw", "lr": lr, "weight_decay": 0.0},
+        loop={"warmup_ratio": 0.25, "max_grad_norm": None, "micro_batch_size": 8},
+    )  # fmt: skip
+    told = [e.text for e in go(one, tmp_path).events if e.kind == "rounding"]
+    if not remarked:
+        assert not told
+        return
+    ((share,),) = [re.findall(r"rate of 1e-05 left (\d+)% of the trained", text) for text in told]
+    below = math.erf(512 * lr / 0.02 / math.sqrt(2))  # surely moved; from 256 times on it may be
+    half = math.erf(256 * lr / 0.02 / math.sqrt(2))
+    assert 1 - below - 0.02 < int(share) / 100 < 1 - half + 0.02
 
 
 def test_a_run_in_which_nothing_moves_stops(recipe: Callable[..., Any], tmp_path: Path) -> None:
