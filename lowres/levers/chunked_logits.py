@@ -4,10 +4,8 @@ Paper: Cut Your Losses in Large-Vocabulary Language Models, Wijmans et al. 2024.
 https://arxiv.org/abs/2411.09009
 
 Departs from the paper: slices of tokens with torch's kernels, not one fused kernel, so that a slice
-of logits is in memory, once. torch 2.13's `linear_cross_entropy` is not used: over a frozen head it
-saves nothing more (docs/log.md, 2026-11-22), a plan does not see what it makes inside, and it takes
-a weight matrix, and so would leave out adapters on the head and caps on the logits. Liger's kernel
-is for CUDA alone.
+of logits is in memory, once. torch 2.13's `linear_cross_entropy` and Liger's kernel are not used:
+docs/decisions/0014.
 """
 
 from __future__ import annotations
@@ -71,8 +69,8 @@ class ChunkedLearner(Learner):
     def logits(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         if positions is None or "logits_to_keep" in forward_arguments(self.base):
             return super().logits(batch, positions)
-        hidden_BTD, score = self._body(batch)
-        return cast("torch.Tensor", score(hidden_BTD[:, positions]))
+        hidden_BTD, head, tail = self._body(batch)
+        return cast("torch.Tensor", tail(head(hidden_BTD[:, positions])))
 
     def token_logprobs(self, batch: Batch) -> torch.Tensor:
         import torch
@@ -80,9 +78,10 @@ class ChunkedLearner(Learner):
         from torch.utils.checkpoint import checkpoint
 
         from lowres.levers._logprobs import overwriting_logprobs
+        from lowres.levers._summed import used_in_slices
 
         labels = batch["labels"]
-        hidden_BTD, score = self._body(batch)
+        hidden_BTD, head, tail = self._body(batch)
         if self.head == "causal":
             labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labels_N = labels.reshape(-1)
@@ -90,11 +89,13 @@ class ChunkedLearner(Learner):
         hidden_KD = hidden_BTD.flatten(0, 1).index_select(0, targets_K)
         del hidden_BTD
 
+        slices = [torch.split(x, self.chunk) for x in (hidden_KD, labels_N[targets_K])]
+        score = used_in_slices(head, len(slices[0]), hidden_KD.device)
+
         def logprobs(hidden: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-            return overwriting_logprobs(wide(score(hidden)), words)
+            return overwriting_logprobs(wide(tail(score(hidden))), words)
 
         found = []
-        slices = (torch.split(x, self.chunk) for x in (hidden_KD, labels_N[targets_K]))
         for hidden, words in zip(*slices, strict=True):
             if torch.is_grad_enabled():
                 found.append(checkpoint(logprobs, hidden, words, use_reentrant=False))
@@ -103,8 +104,8 @@ class ChunkedLearner(Learner):
         together = torch.cat(found)
         return together.new_zeros(labels_N.shape).index_copy(0, targets_K, together)
 
-    def _body(self, batch: Batch) -> tuple[torch.Tensor, Any]:
-        """Hidden states (B, T, D) before the head, and the function from (..., D) to logits."""
+    def _body(self, batch: Batch) -> tuple[torch.Tensor, Any, Any]:
+        """Hidden states (B, T, D) before the head, the head, and what is done to its logits."""
         import torch
 
         from lowres.bridges import heads, peft
@@ -116,9 +117,8 @@ class ChunkedLearner(Learner):
         assert stand_in.hidden is not None and stand_in.probe is not None
         if torch.is_grad_enabled():
             heads.stop_at_unknown_tail(inner, stand_in.probe, made, tail(stand_in.probe))
-        head = stand_in.head
         hidden_BTD = stand_in.hidden
         tokens = batch["input_ids"].shape[1]
         if self.head != "seq2seq" and hidden_BTD.shape[1] > tokens:
             hidden_BTD = hidden_BTD[:, -tokens:]  # vectors of a soft prompt come first
-        return hidden_BTD, lambda hidden: tail(head(hidden))
+        return hidden_BTD, stand_in.head, tail

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +17,9 @@ import lowres
 from lowres.core.errors import InputError
 from lowres.core.example import IGNORED
 from lowres.core.reading import load_recipe
+from lowres.levers._summed import used_in_slices
 from lowres.memory import device as devices
+from lowres.memory.live import LiveBytes
 from lowres.run.build import build
 from lowres.run.plan import plan
 from tests.conftest import sampled
@@ -92,6 +95,39 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(
     a target among them."""
     built = build(recipe(kind, levers=[{"name": "chunked_logits", "chunk": chunk}], **NEXT))
     same(built.learner, batch_of(built))
+
+
+@pytest.mark.parametrize("slices", [2, 5])
+def test_gradients_of_a_trained_head_are_summed_in_place(slices: int) -> None:
+    """Closed form: one of the weight's size, the sum, where autograd by itself needs three: beside
+    it what is added and the new sum."""
+    torch.manual_seed(0)
+    head, given = nn.Linear(400, 1000), torch.randn(10, 400)
+    found, biases, peaks = [], [], []
+    for one in (head, used_in_slices(head, slices, given.device)):
+        head.zero_grad()
+        with LiveBytes("cpu", [head.weight]) as live:
+            torch.stack([one(part).exp().sum() for part in given.chunk(slices)]).sum().backward()
+        peaks.append(live.peak_bytes / (head.weight.numel() * 4) - 1)
+        found.append(head.weight.grad)
+        biases.append(head.bias.grad)
+    assert torch.allclose(*found, rtol=1e-5)  # type: ignore[arg-type]
+    assert torch.allclose(*biases)  # type: ignore[arg-type]
+    assert 3 <= peaks[0] < 3.2 and 1 <= peaks[1] < 1.2
+
+
+@pytest.mark.parametrize("alone", ["one slice", "frozen", "hooked", "no linear layer", "autocast"])
+def test_a_head_is_used_as_it_is_where_nothing_is_to_be_summed(alone: str) -> None:
+    """Behaviour: hooks of a head must run, and autocast keeps a narrow copy for all uses."""
+    head: nn.Module = nn.Linear(4, 8)
+    if alone == "no linear layer":
+        head = nn.Sequential(head)
+    if alone == "hooked":
+        head.register_forward_hook(lambda *_: None)
+    head.requires_grad_(alone != "frozen")
+    with torch.autocast("cpu", torch.bfloat16, enabled=alone == "autocast"):
+        slices = 1 if alone == "one slice" else 2
+        assert used_in_slices(head, slices, torch.device("cpu")) is head
 
 
 def test_adapters_on_the_head_are_trained(recipe: Callable[..., Any]) -> None:
@@ -206,14 +242,15 @@ def test_an_encoder_makes_the_logits_of_the_mask_alone(recipe: Callable[..., Any
     assert torch.allclose(ours, plain(built.learner).logits(batch, positions), atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(
     ("kind", "precision"), sampled(["decoder", "encoder_decoder"], ["no", "bf16"], every=2)
 )
 def test_planned_bytes_are_measured_bytes(
-    kind: str, precision: str, recipe: Callable[..., Any], in_folder: Any
+    kind: str, precision: str, method: str, recipe: Callable[..., Any], in_folder: Any
 ) -> None:
     """Reference: a real run; steps and evaluation to the byte."""
-    one = recipe(kind, levers=CHUNKED, loop={"precision": precision}, method="lora", **NEXT)
+    one = recipe(kind, levers=CHUNKED, loop={"precision": precision}, method=method, **NEXT)
     record = lowres.run(one, quiet=True)
     assert record.plan is not None, record.events
     for phase in ("first_step", "steady_steps", "evaluate"):
