@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.levers import PAGE, RECORD, foreseen, pair, runs_of, table
+from benchmarks.levers import PAGE, RECORD, ROWS, foreseen, lever_of, pair, runs_of, table
 from lowres.core import registry
 from tests.conftest import sampled
-
-LEVERS = registry.names("lever")
 
 
 @pytest.fixture(scope="module")
@@ -21,28 +19,28 @@ def rows() -> Any:
 
 def test_every_lever_was_measured_and_the_page_shows_it(rows: Any) -> None:
     """Behaviour: no lever without figures; the page is the record's table."""
-    assert list(rows["levers"]) == LEVERS
+    assert list(rows["levers"]) == ROWS
     assert table(rows) in PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", LEVERS)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_lever_saves_what_the_ladder_says(name: str, rows: Any) -> None:
     """Reference: live bytes measured with and without it; within 1 % of what it saves."""
     row = rows["levers"][name]
     saved = row["before"] - row["after"]
-    if registry.load("lever", name).searched is not None:  # type: ignore[attr-defined]
+    if registry.load("lever", lever_of(name)).searched is not None:  # type: ignore[attr-defined]
         assert saved > 0
     assert abs(saved - row["planned"]) <= 0.01 * abs(saved)
 
 
-@pytest.mark.parametrize("name", sampled(LEVERS, every=5))
+@pytest.mark.parametrize("name", sampled(ROWS, every=5))
 def test_a_lever_is_planned_as_in_the_record(name: str, rows: Any) -> None:
     """Reference: what it saved when it was measured, by today's planner."""
     row = rows["levers"][name]
     assert abs(row["before"] - row["after"] - foreseen(name)) <= 0.01 * abs(foreseen(name))
 
 
-@pytest.mark.parametrize("name", sampled(LEVERS, every=5))
+@pytest.mark.parametrize("name", sampled(ROWS, every=5))
 def test_a_row_is_what_is_measured_now(name: str, rows: Any, in_folder: Any) -> None:
     """Reference: the record, by the same runs again."""
     row = rows["levers"][name]
