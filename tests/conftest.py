@@ -179,6 +179,25 @@ def awake(
 
 
 @pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer_maker: Callable[..., Any]) -> Path:
+    """A Llama of two blocks whose weights are large enough, 1 MiB, for DeepSpeed to lay on a disk:
+    all matrices in float32, those of 1032 x 512 in bfloat16 too."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=640, hidden_size=512, intermediate_size=1032, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer_maker().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def raw_recipe(checkpoints: dict[str, Path]) -> Callable[..., dict[str, Any]]:
     """The keys of a small valid recipe; keyword arguments replace sections."""
 

@@ -16,7 +16,8 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from lowres.bridges import adapter_files, left_locks
+from lowres.bridges import left_locks
+from lowres.bridges.deepspeed_fitting import saved_together
 from lowres.core.errors import Diverged, InputError, OutOfMemory, Problem
 
 if TYPE_CHECKING:
@@ -97,13 +98,10 @@ def partitions_weights(model: nn.Module) -> bool:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Put divided parameters together that are trained or written, while the block runs; every
     process must enter. What a forward pass within it uses is divided again by that."""
-    chosen = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if chosen and hasattr(model, "peft_config"):
-        written = set(map(id, adapter_files.parameters_of(model)))
-        chosen = [p for p in chosen if p.requires_grad or id(p) in written]
-    if not chosen:
+    if not partitions_weights(model):
         yield
         return
+    chosen = saved_together(model)
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(chosen, modifier_rank=None):
@@ -195,6 +193,7 @@ def own_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
     waiting: list[Any] = [vars(inner)]
     if hasattr(inner, "parameter_offload"):  # stage 3: each parameter knows its part
         waiting += [p.ds_tensor for p in inner.module.parameters()]
+        waiting += _between_disk_and_memory(inner)
     while waiting:
         found = waiting.pop()
         if hasattr(found, "untyped_storage"):
@@ -207,6 +206,18 @@ def own_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
             waiting += found
         elif dataclasses.is_dataclass(found):
             waiting += vars(found).values()
+
+
+def _between_disk_and_memory(optimizer: Any) -> Iterator[Any]:
+    """Page-locked buffers of DeepSpeed's swappers, and gradients too small for a file."""
+    swapper = next(optimizer.module.parameters()).nvme_swapper
+    if swapper is not None:
+        yield swapper.buffers
+        yield swapper.partitioned_swap_buffer
+    if optimizer.optimizer_swapper is not None:
+        yield optimizer.optimizer_swapper.swap_buffer_manager.all_buffers
+        for info in optimizer.optimizer_swapper.swap_params_info.values():
+            yield info.unswapped_gradients
 
 
 def _take_over(settings: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lowres.bridges.deepspeed_files import Buffers, States
 from lowres.bridges.deepspeed_linear import in_place_of_linear
 from lowres.bridges.deepspeed_parts import HERE, Part, Place, divide, gather_now
 from lowres.bridges.deepspeed_settings import Settings
@@ -22,22 +23,29 @@ from lowres.bridges.deepspeed_shapes import Planned, flattened
 from lowres.core import host
 
 
-@dataclass
+@dataclass(eq=False)
 class SubGroup:
     """Parameters that are updated together.
 
     Args:
-        flat: Their parts in a row, in the type that is computed with.
+        flat: Their parts in a row, in the type that is computed with; None where they are on a
+            disk, or too many for host memory.
         master: The same in float32, which is updated.
         gradients: Of the parts, after backward.
+        on_disk: Master and states lie there between updates.
+        small: Gradients that are too small for a file, by parameter.
+        states: While they are on the disk.
     """
 
     options: dict[str, Any]
     parts: list[Part]
     size: int
-    flat: torch.Tensor
-    master: torch.Tensor
+    flat: torch.Tensor | None
+    master: torch.Tensor = field(init=False)
     gradients: list[torch.Tensor] = field(default_factory=list)
+    on_disk: bool = False
+    small: dict[int, torch.Tensor] = field(default_factory=dict)
+    states: dict[str, Any] = field(default_factory=dict)
 
 
 class Divided(torch.optim.Optimizer):
@@ -61,14 +69,25 @@ class Divided(torch.optim.Optimizer):
         weights = Place(wanted.apart and settings.offload_parameters, settings.pinned_parameters)
         self._flat_weights = Place(weights.apart, True) if settings.offload_parameters else HERE
         self.state, self.param_groups = inner.state, inner.param_groups
-        self.parts = divide(model, self.processes, weights, settings.staying_elements(model))
+        self.dtype = inner.param_groups[0]["params"][0].dtype
+        self._disk = settings.disk
+        self._buffers = (
+            Buffers(settings.disk, self.dtype, wanted.apart) if settings.disk.weights else None
+        )
+        self.parts = divide(
+            model, self.processes, weights, settings.staying_elements(model), self._buffers
+        )
         chosen = [
             (group, some)
             for group in inner.param_groups
             for some in self._sub_groups(group, int(settings.divided["sub_group_size"]))
         ]
-        self.dtype = chosen[0][1][0].parameter.dtype
         self.groups = self._flat(chosen, settings.offload_parameters)
+        self._written = self._to_write()
+        self.on_disk: States | None = None
+        if self._disk.states:
+            largest = max(group.size for group in self.groups)
+            self.on_disk = States(self._disk, largest, wanted.apart)
         self._masters()
         self._zero_gradients()
         self.bucket = torch.empty(settings.bucket_elements(model), dtype=self.dtype)
@@ -80,6 +99,7 @@ class Divided(torch.optim.Optimizer):
         for part in trained:
             self.gradient_of[id(part.parameter)] = self.gradients[at : at + part.size]
             at += part.size
+        self.group_of = {id(p.parameter): group for group in self.groups for p in group.parts}
         for part in trained:  # Hooks are put on whole parameters.
             gather_now([part], self.processes)
             part.let_go()
@@ -116,10 +136,15 @@ class Divided(torch.optim.Optimizer):
         sizes = [sum(part.size for part in some) for _, some in chosen]
         if offload:
             whole: dict[int, torch.Tensor] = {}
+            kept = 0
             for options, _ in chosen:
                 if id(options) not in whole:
                     total = sum(s for s, (o, _) in zip(sizes, chosen, strict=True) if o is options)
-                    whole[id(options)] = self._flat_weights.empty(total, self.dtype)
+                    room = total
+                    if self._disk.weights:
+                        room = min(total, max(0, self._disk.in_memory_elements - kept))
+                    kept += total
+                    whole[id(options)] = self._flat_weights.empty(max(room, 1), self.dtype)
             flats = [whole[id(options)] for options, _ in chosen]
         else:
             collected = Place(self.apart).empty(sum(sizes), self.dtype)
@@ -132,19 +157,39 @@ class Divided(torch.optim.Optimizer):
         for (options, some), size, flat in zip(chosen, sizes, flats, strict=True):
             at = taken.get(id(flat), 0)
             taken[id(flat)] = at + size
+            if at + size > flat.numel():
+                made.append(SubGroup(options, some, size, None))
+                continue
             own = flat[at : at + size]
             at = 0
             for part in some:
-                part.tensor = own[at : at + part.size]
+                part.tensor, part.on_disk = own[at : at + part.size], False
                 at += part.size
-            made.append(SubGroup(options, some, size, own, own))
+            made.append(SubGroup(options, some, size, own))
         return made
+
+    def _to_write(self) -> list[torch.Tensor]:
+        """Where updated parameters wait to be written, those of the largest sub-group."""
+        if self._buffers is None or all(group.flat is not None for group in self.groups):
+            return []
+        largest = max(self.groups, key=lambda group: group.size)
+        elements = sum(self._disk.aligned(part.size, self.dtype) for part in largest.parts)
+        return [Place(self.apart).empty(elements, self.dtype)]
 
     def _masters(self) -> None:
         """Copies in float32, made by way of another copy where place or type differ."""
-        for group in self.groups:
-            converted = self.states.moved(group.flat, torch.float32)
-            group.master = self.states.empty(converted.numel(), torch.float32)
+        for number, group in enumerate(self.groups):
+            if group.flat is None:
+                read = self.states.empty(group.size, torch.float32, lasting=False)
+            if self.on_disk is not None and self.on_disk.takes(group.size):
+                group.on_disk = True
+                group.master = self.on_disk.buffers[0][: group.size]
+                self.on_disk.file(number, 0, group.size)
+            elif group.flat is None:
+                group.master = read
+            else:
+                converted = self.states.moved(group.flat, torch.float32)
+                group.master = self.states.empty(converted.numel(), torch.float32)
             group.master.requires_grad_(True)
 
     def _zero_gradients(self) -> None:
@@ -152,8 +197,20 @@ class Divided(torch.optim.Optimizer):
         zeros = self.states.empty(largest, torch.float32, lasting=False)
         if self.offload:
             for group in self.groups:
-                group.master.grad = self._pinned_copy(group.size, torch.float32)
+                if not group.on_disk:
+                    group.master.grad = self._pinned_copy(group.size, torch.float32)
         del zeros
+
+    def keep_small(self, group: SubGroup, part: Part, gradient: torch.Tensor) -> None:
+        """Write a gradient of a sub-group on the disk, but for what is too small."""
+        assert self.on_disk is not None
+        small = self.on_disk.small(gradient)
+        if small is not None:
+            group.small[part.number] = small
+        if small is not gradient:
+            number = self.groups.index(group)
+            kept = 0 if small is None else small.numel()
+            self.on_disk.file(number, -1 - part.number, gradient.numel() - kept)
 
     def _pinned_copy(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """Page-locked memory is a copy of what was made before."""
@@ -167,7 +224,10 @@ class Divided(torch.optim.Optimizer):
         for group in self.groups:
             for gradient in group.gradients:
                 gradient.to(torch.double)  # for its norm
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
+            if self.on_disk is not None and group.on_disk:
+                group.master.grad = self.on_disk.buffers[-1][: group.size]
+                self.state[group.master] = group.states
             if not self.offload:
                 gathered = flattened(group.gradients)
                 group.master.grad = gathered.to(torch.float32)
@@ -176,13 +236,16 @@ class Divided(torch.optim.Optimizer):
             with self.states.there():
                 self._inner.param_groups = [group.options | {"params": [group.master]}]
                 self._inner.step()
-                for value in self.state[group.master].values():
-                    if self.states.apart and isinstance(value, torch.Tensor):
-                        host.mark(value)
-                if self.states.apart and group.flat.dtype != torch.float32:
-                    group.master.to(group.flat.dtype)  # on its way to the weights
+                if self.states.apart:
+                    _on_host(self.state[group.master])
+                if self.states.apart and group.flat is not None and self.dtype != torch.float32:
+                    group.master.to(self.dtype)  # on its way to the weights
             if not self.offload:
                 group.master.grad = None
+            if self.on_disk is not None and group.on_disk:
+                group.states = self.on_disk.written(number, self.state.pop(group.master))
+                group.master.grad = None
+                group.small = {}
         self._inner.param_groups = every
         gather_now([part for part in self.parts.values() if part.stays], self.processes)
 
@@ -195,9 +258,20 @@ class Divided(torch.optim.Optimizer):
         """What is held beside states and whole parameters, with its category."""
         for part in self.parts.values():
             yield part.tensor, "weights"
+        if self._buffers is not None:
+            for tensor in (*self._written, *self._buffers.tensors()):
+                yield tensor, "weights"
+        if self.on_disk is not None:
+            yield from ((tensor, "optimizer states") for tensor in self.on_disk.tensors())
         for group in self.groups:
             yield group.master, "optimizer states"
             if group.master.grad is not None:
                 yield group.master.grad, "gradients"
         yield self.gradients, "gradients"
         yield self.bucket, "workspaces"
+
+
+def _on_host(states: dict[str, Any]) -> None:
+    for value in states.values():
+        if isinstance(value, torch.Tensor):
+            host.mark(value)

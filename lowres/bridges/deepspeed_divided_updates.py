@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowres.bridges.deepspeed_divided import Divided
+from lowres.bridges.deepspeed_divided import Divided, SubGroup
 from lowres.bridges.deepspeed_engine import PlannedEngine, copied_to_save
 from lowres.bridges.deepspeed_fetches import Fetches
 from lowres.bridges.deepspeed_hooks import Hooks
@@ -73,16 +73,22 @@ class DividedUpdates(PlannedEngine):
             collected = torch.empty(sent, dtype=held.dtype)
         if held.processes > 1 and not held.apart:
             torch.empty(sent, dtype=held.dtype)  # gloo sends a copy
+        to_disk: list[tuple[SubGroup, Part, torch.Tensor]] = []
         for part in waiting:
+            group = held.group_of[id(part.parameter)]
             own = held.gradient_of[id(part.parameter)]
             if held.offload and self._last:
                 here = HERE.moved(own)
                 here.to(torch.double)  # for its norm
-                if here.dtype != torch.float32:
-                    here.to(torch.float32)
+                wide = here.to(torch.float32)
+                if group.on_disk:
+                    to_disk.append((group, part, wide))
+                del wide
             elif held.offload:
                 HERE.moved(own)
             part.parameter.grad = None
+        for group, part, wide in to_disk:
+            held.keep_small(group, part, wide)
         del collected
         waiting.clear()
 
@@ -102,9 +108,14 @@ class DividedUpdates(PlannedEngine):
 
     def saving(self, model: Any) -> list[torch.Tensor]:
         """All trained parameters together; in one process they share a storage, and are copied as
-        in `PlannedUpdates.saving`."""
+        in `PlannedUpdates.saving`. Those on a disk share that of the buffers, small ones none."""
+        flat = [
+            part for group in self._held.groups if group.flat is not None for part in group.parts
+        ]
         with self._gathered() as trained:
-            parameters = [part.parameter for part in trained]
-            together = self._held.processes == 1 and len(parameters) > 1
-            copied = copied_to_save(model, parameters) if together else []
+            on_disk = [part for part in trained if part.on_disk and not self._held.apart]
+            copied = []
+            for some in (flat, on_disk) if self._held.processes == 1 else ():
+                if len(some) > 1:
+                    copied += copied_to_save(model, [part.parameter for part in some])
             return [parameter.detach().clone() for parameter in copied]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lowres.bridges.deepspeed_files import Buffers
 from lowres.bridges.deepspeed_parts import Gathering, Part
 from lowres.bridges.deepspeed_settings import Settings
 
@@ -30,6 +31,7 @@ class Fetches:
         self, model: torch.nn.Module, parts: dict[int, Part], settings: Settings, processes: int
     ) -> None:
         self._parts, self._processes = parts, processes
+        self._buffers = next(iter(parts.values())).buffers
         self._ahead = settings.prefetch_elements(model)
         self._most = int(settings.divided["stage3_max_live_parameters"])
         self._reuse = int(settings.divided["stage3_max_reuse_distance"])
@@ -167,11 +169,29 @@ class Fetches:
         elements = 0
         while self._waiting and elements < most:
             part, step = self._waiting.popleft()
+            if part.on_disk and not part.read:
+                self._waiting.appendleft((part, step))
+                break
             self._fetched_for[part] = max(self._fetched_for[part], step)
             if part.state == "apart" and part not in chosen:
                 chosen[part] = None
                 elements += part.elements
         self._gather(chosen)
+        if self._buffers is not None:
+            self._read_ahead(self._buffers)
+
+    def _read_ahead(self, buffers: Buffers) -> None:
+        """What comes after that is read from the disk, as far as there are buffers."""
+        most = 2 * sum(part.elements for part in self._coming)
+        considered = 0
+        chosen: list[Part] = []
+        for part, _ in self._waiting:
+            if considered > most or len(chosen) >= buffers.free:
+                break
+            if part.on_disk and not part.read:
+                chosen.append(part)
+            considered += part.elements
+        buffers.read(chosen)
 
     def _not_used_soon(self, module: torch.nn.Module) -> frozenset[Part]:
         # As DeepSpeed, once for each place in the pass: what was fetched ahead then decides.

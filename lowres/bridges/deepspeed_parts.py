@@ -12,11 +12,14 @@ import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from lowres.core import host
+
+if TYPE_CHECKING:
+    from lowres.bridges.deepspeed_files import Buffers
 
 
 @dataclass
@@ -64,6 +67,9 @@ class Part:
         size: Elements of the part, the same in all processes.
         stays: Small enough to be whole from one update to the next.
         users: Modules at work that read it.
+        buffers: Where parameters come from a disk.
+        on_disk: The part lies there, and not in host memory.
+        read: It is in a buffer.
     """
 
     number: int
@@ -75,6 +81,9 @@ class Part:
     tensor: torch.Tensor
     state: Literal["apart", "coming", "whole"] = "apart"
     users: set[int] = field(default_factory=set)
+    buffers: Buffers | None = None
+    on_disk: bool = False
+    read: bool = False
 
     def let_go(self) -> bool:
         """Leave the part alone; False where it is not whole or a module reads it."""
@@ -82,10 +91,18 @@ class Part:
             return False
         self.parameter.data = torch.empty(0, dtype=self.parameter.dtype)
         self.state = "apart"
+        if self.buffers is not None:
+            self.buffers.give_back(self)
         return True
 
     def fill(self, flat: torch.Tensor) -> None:
         self.parameter.data = flat[: self.elements].view(self.shape)
+
+
+def read(parts: Sequence[Part]) -> None:
+    """Bring those that lie on a disk into buffers, all together."""
+    if parts and parts[0].buffers is not None:
+        parts[0].buffers.read(parts)
 
 
 class Gathering:
@@ -96,6 +113,7 @@ class Gathering:
         self._flats: list[tuple[list[Part], torch.Tensor]] = []
         self._sent: list[torch.Tensor] = []
         self._done = False
+        read(self._parts)
         for part in self._parts:
             part.state = "coming"
         if processes == 1:
@@ -134,6 +152,7 @@ def gather_now(parts: Sequence[Part], processes: int) -> None:
     if len(wanted) > 1 and processes == 1:
         Gathering(wanted, processes).wait()
         return
+    read(wanted)
     sent = []
     flats = []
     for part in wanted:
@@ -146,13 +165,18 @@ def gather_now(parts: Sequence[Part], processes: int) -> None:
 
 
 def divide(
-    model: torch.nn.Module, processes: int, place: Place, most_staying: int
+    model: torch.nn.Module,
+    processes: int,
+    place: Place,
+    most_staying: int,
+    buffers: Buffers | None = None,
 ) -> dict[int, Part]:
     """Leave of each parameter a part, by its id.
 
     Args:
         place: Of the parts of parameters that do not stay.
         most_staying: Elements of the largest parameter that stays.
+        buffers: Where large parts go to a disk.
     """
     parts: dict[int, Part] = {}
     for number, parameter in enumerate(model.parameters()):
@@ -160,8 +184,10 @@ def divide(
         size = -(-elements // processes)
         stays = elements <= most_staying
         where = HERE if stays else place
-        part = Part(number, parameter, parameter.shape, elements, size, stays,
-                    where.empty(size, parameter.dtype), "whole")  # fmt: skip
+        written = None if buffers is None else buffers.written(size, parameter.dtype)
+        tensor = where.empty(size, parameter.dtype) if written is None else written
+        part = Part(number, parameter, parameter.shape, elements, size, stays, tensor, "whole",
+                    buffers=buffers, on_disk=written is not None)  # fmt: skip
         part.let_go()
         parts[id(parameter)] = part
     return parts

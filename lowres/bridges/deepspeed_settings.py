@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowres.bridges.deepspeed_buffers import Disk, disk_of
 from lowres.core.errors import NotPlanned
 
+SUB_GROUP_ELEMENTS = 1_000_000_000
 _BUCKET_ELEMENTS = 500_000_000
 _SAME_BYTES = frozenset({
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -22,16 +24,21 @@ _SAME_BYTES = frozenset({
     "zero_optimization.allgather_partitions", "zero_optimization.load_from_fp32_weights",
     "zero_optimization.ignore_unused_parameters", "zero_optimization.elastic_checkpoint",
     "zero_optimization.offload_optimizer.buffer_count",
-    "zero_optimization.offload_optimizer.fast_init",
     "zero_optimization.offload_optimizer.nvme_path",
+    "aio.queue_depth", "aio.single_submit", "aio.overlap_events",
 })  # fmt: skip
-"""The recipe's own, and what changes no tensor; the last three are read for a disk alone."""
+"""The recipe's own, and what changes no tensor."""
+_OF_STATES_ON_DISK = frozenset({
+    f"zero_optimization.offload_optimizer.{key}"
+    for key in ("fast_init", "pipeline_read", "pipeline_write")
+})  # fmt: skip
+"""Read for those alone."""
 _READ = frozenset({
     "zero_optimization.reduce_bucket_size", "zero_optimization.overlap_comm",
     "zero_optimization.offload_optimizer.device", "zero_optimization.offload_optimizer.pin_memory",
 })  # fmt: skip
 _STAGE_3: Mapping[str, int] = {
-    "sub_group_size": 1_000_000_000,
+    "sub_group_size": SUB_GROUP_ELEMENTS,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "stage3_max_live_parameters": 1_000_000_000,
@@ -44,6 +51,7 @@ _READ_AT_3 = frozenset({
     "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     "zero_optimization.offload_param.buffer_count", "zero_optimization.offload_param.buffer_size",
     "zero_optimization.offload_param.max_in_cpu", "zero_optimization.offload_param.nvme_path",
+    "aio.block_size", "aio.intra_op_parallelism",
 })  # fmt: skip
 _PLANNED_AT: Mapping[str, Any] = {
     "prescale_gradients": False,
@@ -64,7 +72,11 @@ _PLANNED_AT: Mapping[str, Any] = {
     "zero_optimization.legacy_stage1": False,
     "zero_optimization.memory_efficient_linear": True,
     "zero_optimization.offload_optimizer.ratio": 1.0,
+    "zero_optimization.offload_optimizer.fast_init": False,
+    "zero_optimization.offload_optimizer.pipeline_read": False,
+    "zero_optimization.offload_optimizer.pipeline_write": False,
     "zero_optimization.offload_param.device": "none",
+    "aio.use_gds": False,
 }
 """DeepSpeed's defaults; another value changes what is held in a way that is not planned."""
 
@@ -74,8 +86,9 @@ class Settings:
     """What tensors depend on.
 
     Args:
-        offload: States and the update are in host memory.
+        offload: The update is in host memory, and states are there or on the disk.
         pinned: That memory is page-locked.
+        disk: What lies there, and its buffers.
         overlap: At stages 1 and 2 two buckets, of which one is filled while the other is reduced.
         divided: What stage 3 reads beside, by its key.
     """
@@ -88,6 +101,7 @@ class Settings:
     offload_parameters: bool = False
     pinned_parameters: bool = False
     divided: Mapping[str, int | str] = field(default_factory=dict)
+    disk: Disk = Disk()
 
     def bucket_elements(self, model: Any) -> int:
         """Gradients that are reduced together."""
@@ -100,8 +114,18 @@ class Settings:
 
     def staying_elements(self, model: Any) -> int:
         """Of the largest parameter that is not divided while forward and backward passes go on."""
-        found = self.divided["stage3_param_persistence_threshold"]
-        return int(10 * hidden_size(model) if found == "auto" else found)
+        return staying_elements(self.divided, model)
+
+
+def staying_elements(zero: Mapping[str, Any], model: Any) -> int:
+    """See `Settings.staying_elements`.
+
+    Args:
+        zero: The section zero_optimization.
+    """
+    key = "stage3_param_persistence_threshold"
+    found = zero.get(key, _STAGE_3[key])
+    return int(10 * hidden_size(model) if found == "auto" else found)
 
 
 def hidden_size(model: Any) -> int:
@@ -131,12 +155,10 @@ def planned_settings(settings: Mapping[str, Any]) -> Settings:
     """
     zero = settings["zero_optimization"]
     states, weights = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
-    if "nvme" in (states.get("device"), weights.get("device")):
-        raise NotPlanned(
-            "offloading to nvme is not planned: DeepSpeed's buffers between disk and host were not "
-            "compared with a run"
-        )
+    disk = disk_of(settings)
     read = _SAME_BYTES | _READ | (_READ_AT_3 if zero["stage"] == 3 else frozenset())
+    if not disk.states:
+        read |= _OF_STATES_ON_DISK
     for key, value in _given(settings):
         if key in read:
             continue
@@ -147,13 +169,14 @@ def planned_settings(settings: Mapping[str, Any]) -> Settings:
         raise NotPlanned(_not_known("zero_optimization.overlap_comm", True) + " at stage 1")
     return Settings(
         stage=zero["stage"],
-        offload=states.get("device", "none") == "cpu",
+        offload=states.get("device", "none") != "none",
         pinned=bool(states.get("pin_memory", True)),
         overlap=overlap,
         bucket=zero.get("reduce_bucket_size", _BUCKET_ELEMENTS),
-        offload_parameters=weights.get("device", "none") == "cpu",
+        offload_parameters=weights.get("device", "none") != "none",
         pinned_parameters=bool(weights.get("pin_memory", True)),
         divided={key: zero.get(key, usual) for key, usual in _STAGE_3.items()},
+        disk=disk,
     )
 
 

@@ -137,7 +137,7 @@ class MemoryPlan:
             replayed allocator runs through every phase, with the context.
         fits: Whether the card offers that; None without a card.
         host_needed_bytes: Resident memory of the process at its peak.
-        disk_bytes: Of weights that wait in files.
+        disk_bytes: Of weights and states that wait in files.
         host_fits: Against `budget.host_gib` or, where the plan is for this machine, its memory.
         shapes: What the rows were taken from: the data, or assumed.
         blocks: Lengths of the runs of blocks that are built alike.

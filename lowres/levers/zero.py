@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from lowres.core.recipe import Recipe
 
 Place = Literal["none", "cpu", "nvme"]
+_ELEMENTS_TOGETHER = 100_000_000
+"""That are updated together where states are on nvme: four buffers of 4 bytes each. DeepSpeed's
+are 1e9, which makes 16 GB of buffers."""
 
 
 @part
@@ -32,8 +35,13 @@ class Zero(Lever):
     """Stages: 1 divides optimizer states among processes, 2 gradients too, 3 parameters too.
 
     States are updated by torch's optimizer where they lie, so no compiler is needed for it. All
-    stages are planned, by the fields or by `config`, for one process and for several; what lies on
-    nvme is not, nor is a JSON that asks for what a plan does not know (the run says what).
+    stages are planned, by the fields or by `config`, for one process and for several, but for a
+    JSON that asks for what a plan does not know (the run says what).
+
+    What lies on nvme (stage 3) passes through page-locked host memory: four buffers of float32 for
+    the sub-group that is updated, at most 100 million elements and the parameter that exceeds them,
+    and for parameters buffers of the largest one's size, one more than a block has. Tensors of less
+    than 1 MiB, and up to 1e9 elements of trained parameters, stay in host memory.
 
     Losses are those of the plain run, but for loop.precision bf16: instead of autocast DeepSpeed
     holds, computes with and saves all weights in bfloat16 and updates float32 copies of the trained
@@ -101,10 +109,14 @@ class Zero(Lever):
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             yield from deepspeed_json.contradictions(settings, recipe, processes)
         zero = settings["zero_optimization"]
-        offloaded = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
-        disk = [place for place in offloaded if place.get("device") == "nvme"]
+        disk = self._on_disk()
         if disk:
             missing = deepspeed_disk.nvme_problem()
+            if zero.get("stage") != 3:
+                yield (
+                    f"stage {zero.get('stage')} keeps what it offloads in host memory, nvme or "
+                    "not; use stage 3, or cpu"
+                )
             if any(place.get("nvme_path") is None for place in disk):
                 yield "nvme wants a folder; set nvme_path"
             elif missing is not None:
@@ -156,20 +168,38 @@ class Zero(Lever):
         return "DeepSpeed lays all trained parameters into one tensor"
 
     def on_learner(self, learner: Learner) -> Learner:
-        from lowres.bridges import deepspeed_shapes
+        from lowres.bridges import deepspeed_fitting, deepspeed_shapes
 
         deepspeed_shapes.cast(learner.base)
+        if deepspeed_shapes.planned() is None and self._on_disk():
+            deepspeed_fitting.fit(learner.base, choose=self.config is None)
         return learner
 
     def on_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        from lowres.bridges import deepspeed_divided, deepspeed_settings, deepspeed_shapes
+        import torch
+
+        from lowres.bridges import (
+            deepspeed_divided,
+            deepspeed_fitting,
+            deepspeed_settings,
+            deepspeed_shapes,
+        )
 
         wanted = deepspeed_shapes.planned()
         if wanted is None:
+            if self._on_disk():
+                deepspeed_fitting.fit_groups(optimizer.param_groups)
             return optimizer  # accelerate gives it to DeepSpeed
         settings = deepspeed_settings.planned_settings(self._settings())
         if settings.stage == 3:
             assert wanted.model is not None
+            processes, dtype = wanted.processes, wanted.half or torch.float32
+            fitted = deepspeed_fitting.fitted(
+                self._settings(), wanted.model, processes, dtype, choose=self.config is None
+            )
+            groups = optimizer.param_groups
+            deepspeed_fitting.stop_at_misread(fitted, groups, processes, dtype)
+            settings = deepspeed_settings.planned_settings(fitted)
             return deepspeed_divided.Divided(optimizer, wanted, settings, wanted.model)
         return deepspeed_shapes.Partitions(optimizer, wanted, settings.offload, settings.pinned)
 
@@ -189,6 +219,12 @@ class Zero(Lever):
             return deepspeed_updates.PlannedUpdates(engine, settings)
         return deepspeed.ZeroUpdates(engine)
 
+    def _on_disk(self) -> list[Mapping[str, Any]]:
+        """What DeepSpeed is told of states and parameters that are to lie on nvme."""
+        zero = self._settings()["zero_optimization"]
+        places = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+        return [place for place in places if place.get("device") == "nvme"]
+
     def _settings(self) -> Mapping[str, Any]:
         from lowres.bridges import deepspeed_json
 
@@ -207,7 +243,12 @@ class Zero(Lever):
                 zero[key] = {"device": place, "pin_memory": self.pin_memory}
                 if place == "nvme":
                     zero[key]["nvme_path"] = self.nvme_path
+        if self.offload_optimizer == "nvme":
+            zero["sub_group_size"] = _ELEMENTS_TOGETHER
         if self.stage == 3:
             zero["stage3_prefetch_bucket_size"] = self.bucket_elements
             zero["stage3_param_persistence_threshold"] = self.whole_elements
+        if self.offload_parameters == "nvme":
+            # What is fetched ahead or kept for later needs a buffer of the largest's size each.
+            zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
         return {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}

@@ -17,15 +17,12 @@ import yaml
 from safetensors.torch import load_file
 
 import lowres
-from lowres.bridges import deepspeed_disk
-from lowres.core.errors import InputError
 from tests.conftest import ROOT
 from tests.equivalence.test_peft_format import READER
 
 ZERO2 = {"name": "zero"}
 # Without `whole_elements` all weights of so small a model would stay whole.
 ZERO3 = ZERO2 | {"stage": 3, "offload_parameters": "cpu", "whole_elements": 0}
-NVME = ZERO3 | {"offload_optimizer": "nvme", "offload_parameters": "nvme"}
 CASES = [
     pytest.param(ZERO2, 0, marks=pytest.mark.slow),
     pytest.param(ZERO3, 0, marks=pytest.mark.slow),
@@ -247,33 +244,6 @@ def test_in_bfloat16_the_losses_are_those_of_the_plain_run_to_its_rounding(
     saved = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.bfloat16}
     assert any("holds, computes with and saves" in event["text"] for event in record["events"])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    deepspeed_disk.nvme_problem() is not None, reason=f"nvme: {deepspeed_disk.nvme_problem()}"
-)
-def test_what_lies_on_a_disk_is_trained_the_same(
-    raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    """Reference: the plain run. What cannot be resumed is refused. DeepSpeed compiles its reader
-    the first time, which takes minutes; what is small stays in memory."""
-    keys = raw_recipe(
-        model={"checkpoint": "package:lowres/assets/tiny_lm"}, objective="label_words",
-        loop={"steps": 3, "micro_batch_size": 2},
-    )  # fmt: skip
-    plain = lowres.run(
-        lowres.load_recipe(keys), output_folder=tmp_path / "plain", quiet=True, plan=False
-    )
-    wanted = keys | {"levers": [NVME | {"nvme_path": str(tmp_path / "disk")}]}
-    with pytest.raises(InputError, match="do not bring the weights back"):
-        lowres.load_recipe(wanted | {"loop": keys["loop"] | {"save_every": 2}})
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(wanted))
-    said = launched(tmp_path / "r.yaml", 0, 3, "--output", str(tmp_path / "run"))
-    assert (tmp_path / "run" / "record.json").exists(), said
-    record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert record["losses"] == pytest.approx(plain.losses, rel=TOLERANCE)
-    assert list((tmp_path / "disk").rglob("*.swp")), "nothing lies on the disk"
 
 
 @pytest.mark.parametrize(("lever", "method", "loop", "processes"), PLANNED)

@@ -87,7 +87,12 @@ NOT_PLANNED: dict[str, dict[str, Any]] = {
         {"above": {"activation_checkpointing": {"cpu_checkpointing": True}}},
     "data_types.grad_accum_dtype \"fp32\"":
         {"above": {"data_types": {"grad_accum_dtype": "fp32"}}},
-    "offloading to nvme": {"offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}},
+    "zero_optimization.offload_optimizer.pipeline_read true":
+        {"stage": 3, "offload_optimizer": {"device": "nvme", "pipeline_read": True}},
+    "zero_optimization.offload_optimizer.fast_init true":
+        {"stage": 3, "offload_optimizer": {"device": "nvme", "fast_init": True}},
+    "aio.use_gds true":
+        {"stage": 3, "offload_param": {"device": "nvme"}, "above": {"aio": {"use_gds": True}}},
 }  # fmt: skip
 
 
