@@ -70,6 +70,8 @@ def make(block: nn.Module, reduction: int, opens: bool) -> Any:
     refused = {"alibi"} & set(arguments_of(block))
     if "position_bias" in arguments_of(block) and _SHARED_BIAS not in given:
         refused.add("position_bias")
+    if "rel_embeddings" in arguments_of(block) and getattr(config, "relative_attention", False):
+        raise _refused(block, "it is given embeddings of relative positions, as wide as the model")
     if refused:
         raise _refused(block, f"its heads are given {refused.pop()}, as many as the model has")
     try:

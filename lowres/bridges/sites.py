@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from lowres.core.blocks import Blocks
 
-_QUERY = {"q_proj", "query", "q", "q_lin"}
-_KEY = {"k_proj", "key", "k", "k_lin"}
-_VALUE = {"v_proj", "value", "v", "v_lin"}
+_QUERY = {"q_proj", "query", "q", "q_lin", "query_proj"}
+_KEY = {"k_proj", "key", "k", "k_lin", "key_proj"}
+_VALUE = {"v_proj", "value", "v", "v_lin", "value_proj"}
 _FUSED = {"c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "in_proj"}
 _OUT = {"o_proj", "out_proj", "o", "out_lin", "dense", "c_proj", "Wo"}
 _UP = {"fc1", "gate_proj", "up_proj", "wi", "wi_0", "wi_1", "c_fc", "dense_h_to_4h", "lin1",
