@@ -88,13 +88,13 @@ def _refused(block: nn.Module, why: str) -> InputError:
     return InputError("the recipe", [f"method 'ladder': {text}"])
 
 
-def arguments_of(block: Any) -> list[str]:
-    """Names of what a block is called with, in their order."""
-    return [
-        name
+def arguments_of(block: Any) -> dict[str, Any]:
+    """Names of what a block is called with, in their order, and what they are when not given."""
+    return {
+        name: one.default
         for name, one in inspect.signature(block.forward).parameters.items()
         if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-    ]
+    }
 
 
 def _config_of(block: nn.Module) -> Any:

@@ -70,6 +70,17 @@ def t5() -> Any:
     )  # fmt: skip
 
 
+def bart() -> Any:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=WORDS, d_model=D, encoder_layers=2, decoder_layers=2,
+                   encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=F,
+                   decoder_ffn_dim=F, max_position_embeddings=64, dropout=0, pad_token_id=0,
+                   bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
+    )  # fmt: skip
+
+
 def bert() -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -413,6 +424,24 @@ def test_recomputed_blocks_give_the_same_gradients(made: Any) -> None:
             checkpoint_blocks(made)
         model.zero_grad()
         model(**batch(made)).logits.float().pow(2).mean().backward()
+        results.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.allclose(plain, recomputed, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [bart, t5, llama])
+def test_blocks_that_are_recomputed_the_re_entrant_way_give_the_same_gradients(make: Any) -> None:
+    """Reference: gradients without checkpointing. The encoder's side and T5's biases are used by
+    several blocks."""
+    torch.manual_seed(0)
+    model = moved(adapted(make())).train()
+    results = []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(**batch(model)).logits.float().pow(2).mean().backward()
         results.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*results, strict=True):
         assert torch.allclose(plain, recomputed, rtol=1e-4, atol=1e-6)
