@@ -86,6 +86,23 @@ def _is_stem(path: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or bool(_STEM.search(path))
 
 
+def number_of(block: nn.Module) -> int | None:
+    """Its place in a cache of keys and values."""
+    return next((vars(m)[name] for m in block.modules() for name in _numbers(m)), None)
+
+
+def renumber(block: nn.Module, number: int) -> None:
+    """Give it another place, wherever its modules hold theirs."""
+    for module in block.modules():
+        for name in _numbers(module):
+            setattr(module, name, number)
+
+
+def _numbers(module: nn.Module) -> list[str]:
+    # GPT-Neo, XLM and Flaubert call it an id.
+    return [n for n in ("layer_idx", "layer_id") if isinstance(vars(module).get(n), int)]
+
+
 def checkpoint_blocks(model: nn.Module, every: int = 1) -> None:
     """Recompute blocks in the backward pass (non-reentrant: works with frozen inputs).
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowres.bridges import sites
 from lowres.core.errors import InputError, LowresError, Problem
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def linear_targets(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
 
     Args:
         wanted: `all-linear` (every linear layer inside the blocks), `paper` (queries and values, by
-            PEFT's table of architectures), or layer names joined by `+`.
+            PEFT's table of architectures, or else where `sites` finds them), or layer names joined
+            by `+`.
 
     Raises:
         InputError: When nothing in the trained blocks has such a name, listing what is there.
@@ -87,7 +89,7 @@ def linear_targets(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
         _stop_at_experts(model, blocks, sorted(set(last.values())))
         chosen = linear
     else:
-        names = _paper_targets(model) if wanted == PAPER_DEFAULT else wanted.split("+")
+        names = _paper_targets(model, blocks) if wanted == PAPER_DEFAULT else wanted.split("+")
         meant = lambda n: n in names or any(n.endswith("." + w) for w in names)
         chosen = [n for n in linear if meant(n)]
         for name in names:
@@ -139,21 +141,20 @@ def _stop_at_experts(model: nn.Module, blocks: Blocks, there: list[str]) -> None
             raise InputError("the recipe", [Problem("method.targets", text)])
 
 
-def _paper_targets(model: nn.Module) -> Sequence[str]:
+def _paper_targets(model: nn.Module, blocks: Blocks) -> Sequence[str]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
 
     model_type = getattr(model.config, "model_type", "")
     if model_type not in TABLE:
-        raise InputError(
-            "the recipe",
-            [
-                Problem(
-                    "method.targets",
-                    f"which layers are queries and values of a '{model_type}' is not known; "
-                    "name them, or use all-linear",
-                )
-            ],
-        )
+        try:
+            found = sites.attentions(model, blocks, trained_only=False)
+        except InputError as error:
+            text = (
+                f"which layers are queries and values of a '{model_type}' is not known; "
+                "name them, or use all-linear"
+            )
+            raise InputError("the recipe", [Problem("method.targets", text)]) from error
+        return sorted({path for a in found for path in (a.query, a.value)})
     known = TABLE[model_type]
     if not isinstance(known, str):
         return list(known)

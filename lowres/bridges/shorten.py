@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowres.bridges.blocks import renumber
+
 BETWEEN, TOP = 2, 1
 """Of a run are traced the last block and two that show that what lies between repeats; at the
 bottom the first, and the second where backward ends inside of the first."""
@@ -108,9 +110,7 @@ def shorten(model: Any, names: Sequence[str], kept: Sequence[int]) -> tuple[str,
             module_list._modules = {str(i): block for i, block in enumerate(chosen)}
         for number, block in enumerate(chosen):
             out.append(f"{stack}.{number}")
-            for module in block.modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = number
+            renumber(block, number)
         _tell_config(model.config, inside)
     return tuple(out)
 

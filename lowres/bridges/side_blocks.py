@@ -19,6 +19,7 @@ from transformers import cache_utils
 from transformers.utils.output_capturing import _active_collector as _collector
 
 from lowres.bridges import pruned
+from lowres.bridges.blocks import number_of, renumber
 from lowres.core.delta import place
 from lowres.core.errors import InputError, LowresError
 
@@ -55,7 +56,7 @@ def make(block: nn.Module, reduction: int, opens: bool) -> Any:
         InputError: Where the class cannot be made narrower.
     """
     config = _shrunk(_config_of(block), reduction)
-    number = _number_of(block) or 0
+    number = number_of(block) or 0
     given: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(type(block)).parameters.items())[1:]:
         if name in ("layer_idx", "layer_id", "layer_number"):
@@ -69,6 +70,8 @@ def make(block: nn.Module, reduction: int, opens: bool) -> Any:
     refused = {"alibi"} & set(arguments_of(block))
     if "position_bias" in arguments_of(block) and _SHARED_BIAS not in given:
         refused.add("position_bias")
+    if "rel_embeddings" in arguments_of(block) and getattr(config, "relative_attention", False):
+        raise _refused(block, "it is given embeddings of relative positions, as wide as the model")
     if refused:
         raise _refused(block, f"its heads are given {refused.pop()}, as many as the model has")
     try:
@@ -85,22 +88,13 @@ def _refused(block: nn.Module, why: str) -> InputError:
     return InputError("the recipe", [f"method 'ladder': {text}"])
 
 
-def arguments_of(block: Any) -> list[str]:
-    """Names of what a block is called with, in their order."""
-    return [
-        name
+def arguments_of(block: Any) -> dict[str, Any]:
+    """Names of what a block is called with, in their order, and what they are when not given."""
+    return {
+        name: one.default
         for name, one in inspect.signature(block.forward).parameters.items()
         if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-    ]
-
-
-def _is_numbered(module: Any) -> bool:
-    return isinstance(getattr(module, "layer_idx", None), int)
-
-
-def _number_of(block: nn.Module) -> int | None:
-    """Its place in a cache of keys and values."""
-    return next((m.layer_idx for m in block.modules() if _is_numbered(m)), None)  # type: ignore
+    }
 
 
 def _config_of(block: nn.Module) -> Any:
@@ -174,17 +168,22 @@ class Room:
 
     @classmethod
     def beside_block(cls, block: nn.Module) -> Room:
-        return cls(_number_of(block), int(_config_of(block).num_hidden_layers))
+        return cls(number_of(block), int(_config_of(block).num_hidden_layers))
 
     def take(self, small: nn.Module, given: Mapping[str, Any]) -> None:
         """Make sure of the place in the cache among a block's arguments, if there is one.
 
         Raises:
-            LowresError: For a kind of cache that is not known.
+            LowresError: For a kind of cache that is not known, or a block without a number.
         """
         cache: Any = next((v for v in given.values() if isinstance(v, cache_utils.Cache)), None)
-        if cache is None or self.beside is None:
+        if cache is None:
             return
+        if self.beside is None:
+            raise LowresError(
+                f"method 'ladder': a cache is given, in which a {type(small).__name__} has no "
+                "number of its own to put its side network beside; generate with use_cache=False"
+            )
         both = isinstance(cache, cache_utils.EncoderDecoderCache)
         caches = (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,)
         taken: dict[int, int] = vars(caches[0]).setdefault("_lowres_taken", {})
@@ -196,9 +195,7 @@ class Room:
             at = taken[id(small)] = max(len(one.layers) for one in caches)
             for one in caches:
                 one.layers += [_like(one, self.beside) for _ in range(at + 1 - len(one.layers))]
-        for module in small.modules():
-            if _is_numbered(module):
-                module.layer_idx = taken[id(small)]  # type: ignore[assignment]
+        renumber(small, taken[id(small)])
 
 
 def _like(cache: Any, at: int) -> Any:

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
     from lowres.core.blocks import Blocks
 
-_QUERY = {"q_proj", "query", "q", "q_lin"}
-_KEY = {"k_proj", "key", "k", "k_lin"}
-_VALUE = {"v_proj", "value", "v", "v_lin"}
+_QUERY = {"q_proj", "query", "q", "q_lin", "query_proj"}
+_KEY = {"k_proj", "key", "k", "k_lin", "key_proj"}
+_VALUE = {"v_proj", "value", "v", "v_lin", "value_proj"}
 _FUSED = {"c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "in_proj"}
+"""Of these an `in_proj` counts inside of an attention alone: Mamba's makes no queries."""
 _OUT = {"o_proj", "out_proj", "o", "out_lin", "dense", "c_proj", "Wo"}
 _UP = {"fc1", "gate_proj", "up_proj", "wi", "wi_0", "wi_1", "c_fc", "dense_h_to_4h", "lin1",
        "gate_up_proj", "Wi", "dense"}  # fmt: skip
@@ -173,7 +174,7 @@ def _attentions_of(block: str, linears: list[str]) -> list[Attention]:
     for path in linears:
         inner, _, last = path.rpartition(".")
         siblings = {n.rpartition(".")[2]: n for n in linears if n.rpartition(".")[0] == inner}
-        if last in _FUSED:
+        if last in _FUSED and (last != "in_proj" or any(word in inner for word in _ATTENTION)):
             query = key = value = path
         elif last in _QUERY:
             query = path

@@ -125,7 +125,7 @@ class Rung(Delta):
             output: Any = call(*inputs, **others)
         made = output[0] if isinstance(output, tuple) else output
         given = dict(zip(self._names, inputs, strict=False)) | others
-        below = given.pop(self._names[0])
+        below = given.pop(next(iter(self._names)))
         climb = self._climb
         if self.first is not None:
             climb.hidden, climb.biases, climb.like = times(below, self.first), {}, {}
@@ -176,11 +176,22 @@ class Rung(Delta):
             given[ENCODED] = climb.across.to(dtype)
         self._room.take(self.block, given)
         with side_blocks.working(mixed_BTW.device.type, dtype):
-            after: Any = self.block(mixed_BTW, **given)
+            after: Any = self.block(mixed_BTW, *self._asking(given), **given)
         if isinstance(after, tuple):
             after, *biases = after
             climb.biases = dict(zip(shares, biases, strict=False))
         climb.hidden = after
+
+    def _asking(self, given: dict[str, Any]) -> list[Any]:
+        """Taken out of a block's arguments: all up to the last that asks for a gradient. Blocks
+        that are recomputed the re-entrant way hand gradients to what comes by position alone."""
+        names = list(self._names)[1:]
+        last = max((i for i, n in enumerate(names, 1) if _asks(given.get(n))), default=0)
+        return [given.pop(name, self._names[name]) for name in names[:last]]
+
+
+def _asks(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _remember(encoder: nn.Module, _inputs: Any, output: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowres.core.delta import Delta, features, place
+from lowres.core.errors import LowresError
 
 
 class ScaledInput(Delta):
@@ -71,10 +72,20 @@ class _ScaleOutput(torch.autograd.Function):
         product_NO = made_NO if bias_O is None else made_NO - bias_O
         scaled_NO = (made_NO + product_NO * change_O).to(made_NO.dtype)
         ctx.save_for_backward(scaled_NO, change_O, bias_O)
+        # Counts changes of y in place without holding it: where blocks are recomputed, torch asks
+        # nobody whether what it kept is still what it was.
+        ctx.changes = scaled_NO.detach()
+        ctx.changes.data = scaled_NO.new_empty(0)
         return scaled_NO
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.changes._version:
+            raise LowresError(
+                f"method 'ssb': the model changes a scaled output of {grads[0].shape[-1]} features "
+                "in place, and the gradient of its scale is taken from it; leave that layer (of "
+                "Falcon, dense_4h_to_h) out of method.targets"
+            )
         scaled_NO, change_O, bias_O = ctx.saved_tensors
         grad_NO, scale_O = grads[0], 1 + change_O
         product_NO = scaled_NO if bias_O is None else scaled_NO - bias_O

@@ -35,14 +35,16 @@ class _AddSparse(torch.autograd.Function):
         ctx.save_for_backward(inputs, values_n, entries_n)
         x_Ni = inputs.reshape(-1, inputs.shape[-1]).to(output.dtype)
         y_No = output.reshape(-1, output.shape[-1])
-        made_No = torch.empty_like(y_No)
+        # Not a view of what is filled: a model may add to it in place (Falcon).
+        made = output.new_empty(output.shape)
+        made_No = made.view(y_No.shape)
         parts = _Parts(entries_n, y_No.shape[1], x_Ni)
         values_n = values_n.to(output.dtype)
         with torch.autocast(output.device.type, enabled=False):
             for rows, at_n in parts:
                 part_oi = parts.written(rows, at_n, values_n)
                 made_No[:, rows] = torch.addmm(y_No[:, rows], x_Ni, part_oi.t())
-        return made_No.view(output.shape)
+        return made
 
     @staticmethod
     @torch.autograd.function.once_differentiable

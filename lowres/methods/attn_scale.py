@@ -120,6 +120,8 @@ def _heads(model: nn.Module, attention: Attention) -> tuple[int, int]:
         made = features(model.get_submodule(attention.out))[0]
     if not heads or made % heads:
         raise _no_map(f"how many heads '{attention.inner}' has is not known")
+    if hasattr(inner, "pos_query_proj"):  # DeBERTa
+        raise _no_map("the queries of relative positions have a layer of their own")
     norm: Any = getattr(inner, "q_norm", None)
     weight = getattr(norm, "weight", None)
     if weight is not None and weight.numel() == made // heads:

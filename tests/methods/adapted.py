@@ -49,6 +49,15 @@ def opt() -> Any:
     return model
 
 
+def falcon() -> Any:
+    """Two blocks that add to the output of their last layer in place."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    return FalconForCausalLM(config).eval()
+
+
 def adapted(model: nn.Module, method: str, **settings: Any) -> Any:
     import peft
 

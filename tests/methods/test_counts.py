@@ -152,6 +152,69 @@ def test_a_count_from_shapes_is_that_of_the_model(method: str, kind: Kind, recip
     assert found.model == sum(p.numel() for p in plain.parameters())
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "pad_token_id": 0,
+}  # fmt: skip
+UNLISTED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Phi3": ("ForCausalLM", SIZES | {"num_key_value_heads": 2}, 2 * 8 * (32 + 64)),
+    "ModernBert": (
+        "ForMaskedLM",
+        SIZES | {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
+        2 * 8 * (32 + 96),
+    ),
+    "DistilBert": (
+        "ForMaskedLM",
+        {"vocab_size": 60, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+        2 * 2 * 8 * (32 + 32),
+    ),
+    # The decoder's blocks have two attentions each.
+    "UMT5": (
+        "ForConditionalGeneration",
+        {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+        (2 + 2 * 2) * 2 * 8 * (32 + 32),
+    ),
+    "ViT": (
+        "ForImageClassification",
+        {n: SIZES[n] for n in SIZES if n not in ("vocab_size", "pad_token_id")},
+        2 * 2 * 8 * (32 + 32),
+    ),
+}
+"""Architectures that PEFT's table of queries and values lacks, and LoRA's parameters at rank 8."""
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_queries_and_values_that_peft_does_not_list_are_found(name: str) -> None:
+    """Closed form: r (inputs + outputs) of each query and value, or of the layer that makes both;
+    from the configuration, and in a model with weights."""
+    import transformers
+
+    from lowres.bridges.blocks import map_blocks
+    from lowres.run.counts import trainable_count
+
+    head, sizes, count = UNLISTED[name]
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    lora: Any = registry.load("method", "lora")()
+    assert lora.targets == "paper"
+    assert trainable_count(lora, config) == count
+    model = getattr(transformers, name + head)(config)
+    adapted = lora.apply(model, map_blocks(model, [], True, False))
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == count
+
+
+def test_queries_and_values_that_nobody_knows_are_refused() -> None:
+    """Behaviour: with what to do."""
+    from transformers import MambaConfig
+
+    from lowres.core.errors import InputError
+    from lowres.run.counts import trainable_count
+
+    lora: Any = registry.load("method", "lora")()
+    config = MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(InputError, match="values of a 'mamba' is not known; name them, or use all"):
+        trainable_count(lora, config)
+
+
 def test_a_freezing_takes_blocks_out_of_the_count() -> None:
     """Closed form: LoRA in half of the blocks has half of the parameters."""
     from lowres.run.counts import trainable_count

@@ -51,12 +51,33 @@ def gpt2() -> Any:
     )  # fmt: skip
 
 
+def gpt_neo() -> Any:
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(vocab_size=WORDS, hidden_size=D, intermediate_size=F, num_layers=2,
+                     attention_types=[[["global", "local"], 1]], num_heads=4, window_size=4,
+                     max_position_embeddings=64, resid_dropout=0, embed_dropout=0)
+    )  # fmt: skip
+
+
 def t5() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
     return T5ForConditionalGeneration(
         T5Config(vocab_size=WORDS, d_model=D, d_kv=8, d_ff=F, num_layers=3, num_heads=4,
                  dropout_rate=0, decoder_start_token_id=0)
+    )  # fmt: skip
+
+
+def bart() -> Any:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=WORDS, d_model=D, encoder_layers=2, decoder_layers=2,
+                   encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=F,
+                   decoder_ffn_dim=F, max_position_embeddings=64, dropout=0, pad_token_id=0,
+                   bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
     )  # fmt: skip
 
 
@@ -72,6 +93,10 @@ def bert() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama, "mistral": mistral, "gpt2": gpt2, "t5": t5, "bert": bert
 }  # fmt: skip
+
+
+# GPT-Neo numbers its attentions by another name.
+GENERATING = {n: m for n, m in MODELS.items() if n != "bert"} | {"gpt_neo": gpt_neo}
 
 
 @pytest.fixture(params=MODELS)
@@ -236,14 +261,14 @@ def test_parameters_are_counted_by_a_formula(made: Any) -> None:
         assert blocks == 3 * (attention + 3 * w * F // 2 + 2 * w)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "bert"])
+@pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generating_with_a_cache_equals_generating_without(name: str, beams: int) -> None:
     """Reference: the forward pass over the whole text at every step; rows are padded on the left,
     and beams change their places.
     """
     torch.manual_seed(0)
-    model = moved(adapted(MODELS[name]().eval())).eval()
+    model = moved(adapted(GENERATING[name]().eval())).eval()
     given = batch(model)
     given.pop("decoder_input_ids", None)
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
@@ -283,6 +308,16 @@ def test_a_kind_of_cache_that_is_not_known_is_told() -> None:
     ids = batch(model)["input_ids"]
     with pytest.raises(LowresError, match="StaticSlidingWindowLayer has no place"):
         model.generate(input_ids=ids, max_new_tokens=3, cache_implementation="static")
+
+
+def test_a_cache_for_a_block_without_a_number_is_told() -> None:
+    """Behaviour: where its keys and values lie is not known, so neither where a place is free."""
+    from transformers import DynamicCache
+
+    room = side_blocks.Room(None, 2)
+    room.take(torch.nn.Linear(2, 2), {"past_key_values": None})
+    with pytest.raises(LowresError, match="a Linear has no number.*use_cache=False"):
+        room.take(torch.nn.Linear(2, 2), {"past_key_values": DynamicCache()})
 
 
 def test_an_encoders_output_of_another_pass_is_refused() -> None:
@@ -389,6 +424,24 @@ def test_recomputed_blocks_give_the_same_gradients(made: Any) -> None:
             checkpoint_blocks(made)
         model.zero_grad()
         model(**batch(made)).logits.float().pow(2).mean().backward()
+        results.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.allclose(plain, recomputed, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [bart, t5, llama])
+def test_blocks_that_are_recomputed_the_re_entrant_way_give_the_same_gradients(make: Any) -> None:
+    """Reference: gradients without checkpointing. The encoder's side and T5's biases are used by
+    several blocks."""
+    torch.manual_seed(0)
+    model = moved(adapted(make())).train()
+    results = []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(**batch(model)).logits.float().pow(2).mean().backward()
         results.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*results, strict=True):
         assert torch.allclose(plain, recomputed, rtol=1e-4, atol=1e-6)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowres.core.errors import InputError
+from lowres.core.errors import InputError, LowresError
 from lowres.methods._scaled_sides import ScaledInput, ScaledSides, _ScaleOutput
 from tests.methods.adapted import (
     adapted,
     deltas,
+    falcon,
     gpt2,
     kept_bytes,
     llama,
@@ -117,6 +118,25 @@ def test_backward_keeps_the_input_and_the_output(kind: Any, arrays: int) -> None
 
     own = (1 + 2 * (arrays - 1)) * x.numel() * 4
     assert kept_bytes(run, x) == own
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_an_output_that_the_model_changes_in_place_is_refused(recomputed: bool) -> None:
+    """Behaviour: Falcon adds to that of its last layer; no gradient is taken from the sum, where
+    blocks are recomputed neither, of which torch says nothing. Without that layer it trains."""
+    ids = torch.arange(24).view(2, 12)
+
+    def train(targets: str) -> Any:
+        model = moved(adapted(falcon(), "ssb", targets=targets)).train()
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=ids, labels=ids).loss.backward()
+        return model
+
+    with pytest.raises(LowresError, match="32 features in place.*dense_4h_to_h"):
+        train("all-linear")
+    model = train("query_key_value+dense+dense_h_to_4h")
+    assert all(d.output.grad.abs().sum() > 0 for d in deltas(model).values())
 
 
 def test_one_scale_for_three_is_refused_unless_it_is_asked_for() -> None:

@@ -21,6 +21,8 @@ from lowres.memory.live import LiveBytes
 from lowres.methods import _entries
 from lowres.methods._sparse import PARTS, SparseDelta
 from lowres.run.build import Built, build, read, sample_of
+from tests.methods.adapted import adapted, falcon
+from tests.methods.adapted import deltas as parts
 
 CHOSEN = {"fish_mask": {"rows": 12}, "sam_choice": {"batches": 3}}
 
@@ -109,6 +111,20 @@ def test_it_is_the_forward_pass_of_shira() -> None:
     delta.values.data.copy_(values)
     x = torch.randn(5, 12)
     assert torch.allclose(delta.change(theirs.base_model.model[0].base_layer(x), x), theirs(x))
+
+
+def test_a_model_may_add_to_a_changed_output_in_place() -> None:
+    """Reference: gradients of Falcon's own weights at the entries, whose changes start at zero."""
+    ids = torch.arange(24).view(2, 12)
+    plain = falcon()
+    plain(input_ids=ids, labels=ids).loss.backward()
+    model = adapted(falcon(), "shira", targets="all-linear")
+    model(input_ids=ids, labels=ids).loss.backward()
+    found = parts(model)
+    assert len(found) == 2 * 4
+    for path, delta in found.items():
+        wanted = plain.get_submodule(path).weight.grad.flatten()[delta.entries.long()]
+        assert torch.allclose(delta.values.grad, wanted, atol=1e-6), path
 
 
 @pytest.fixture

@@ -22,9 +22,6 @@ WIDTH, BLOCKS, HEADS, TOKENS = 16, 3, 2, 5
 OWN_FIELDS: dict[str, dict[str, Any]] = {
     "attn_scale": {"offsets": True},
     "houlsby": {"reduction": 4},
-    # Queries and values, the default of these, have no known names in a vision transformer.
-    **{name: {"targets": "all-linear"} for name in ("krona", "loretta_rep", "lora", "randlora")},
-    **{name: {"targets": "all-linear"} for name in ("fourierft", "vera")},
 }
 # An image has no ids of tokens, and no embeddings are looked up in whose place vectors could stand.
 REFUSED = {
