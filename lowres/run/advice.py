@@ -96,8 +96,12 @@ def advise(
         raise InputError("--task-size", [f"{rows} is no number of training rows; give 1 or more"])
     device = devices.generic(device_gib)
     config = assumed.config_of(model)
+    writes = kind_of(config) in ("decoder", "encoder_decoder")
+    if kind == "generation" and not writes:
+        text = (f"{kind} asks for text, and '{model}' is a(n) {kind_of(config)}, which writes none; "
+                "give --kind classification, or a model that writes")  # fmt: skip
+        raise InputError("--kind", [text])
     if kind is None:
-        writes = kind_of(config) in ("decoder", "encoder_decoder")
         kind = "generation" if writes else "classification"
     start = starting_recipe(model, TASKS[kind])
     loop = start["loop"]

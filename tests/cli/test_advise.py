@@ -162,13 +162,13 @@ def test_advice_is_printed_with_its_evidence_and_what_fits(
         ({"--device-gib": "-1"}, "is no size"),
         ({"--model": "./nowhere"}, "there is no such folder"),
         ({"--records": "nowhere.json"}, "cannot be read"),
-        ({"--model": MINILM, "--kind": "generation"}, "choose a task with labels"),
+        ({"--model": MINILM, "--kind": "generation"}, "give --kind classification"),
     ],
 )
 def test_wrong_input_exits_2_with_one_message(
     changes: dict[str, str], said: str, in_folder: Path, command: Callable[..., Any]
 ) -> None:
-    """Behaviour."""
+    """Behaviour: it names the option that the user gave."""
     words = {"--model": TINY, "--task-size": "1000", "--device-gib": "8"} | changes
     done = command("advise", *(w for pair in words.items() for w in pair))
     assert done.returncode == 2 and "Traceback" not in done.stderr
