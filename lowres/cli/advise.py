@@ -93,10 +93,11 @@ def _print(number: int, one: Advice) -> None:
     near = [e for e in one.evidence if e.weight > DISTANT]
     for e in near:
         link = f" {e.url}" if e.url else ""
-        typer.echo(f"   evidence: {e.source}{link}: {e.setting}: {e.says}")
-    if len(near) < len(one.evidence):
-        further = "; ".join(dict.fromkeys(e.source for e in one.evidence if e not in near))
-        typer.echo(f"   of other tasks or sizes, for little: {further}")
+        typer.echo(f"   evidence: {e.source}{link}: {e.setting}: {e.says}"
+                   + (f"; {e.apart}" if e.apart else ""))  # fmt: skip
+    further = dict.fromkeys(f"{e.source} ({e.apart})" for e in one.evidence if e not in near)
+    if further:
+        typer.echo(f"   for little: {'; '.join(further)}")
     for remark in one.remarks:
         typer.echo(f"   remark: {remark}")
     for gap in one.unknown:

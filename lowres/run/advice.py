@@ -18,6 +18,7 @@ from lowres.core import findings as found_by_others
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
 from lowres.core.findings import Comparison, TaskKind, place
+from lowres.core.learner import Kind
 from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
 from lowres.core.record import RunRecord
@@ -46,7 +47,11 @@ TASKS: dict[TaskKind, str] = {"classification": "sst2", "generation": "gsm8k"}
 
 @dataclass
 class Evidence:
-    """One comparison's word on a method."""
+    """One comparison's word on a method.
+
+    Args:
+        apart: In what it differs from what is asked; empty where in nothing.
+    """
 
     source: str
     url: str | None
@@ -54,6 +59,7 @@ class Evidence:
     says: str
     place: float
     weight: float
+    apart: str = ""
 
 
 @dataclass
@@ -96,10 +102,11 @@ def advise(
         raise InputError("--task-size", [f"{rows} is no number of training rows; give 1 or more"])
     device = devices.generic(device_gib)
     config = assumed.config_of(model)
-    writes = kind_of(config) in ("decoder", "encoder_decoder")
+    sort = kind_of(config)
+    writes = sort in ("decoder", "encoder_decoder")
     if kind == "generation" and not writes:
-        text = (f"{kind} asks for text, and '{model}' is a(n) {kind_of(config)}, which writes none; "
-                "give --kind classification, or a model that writes")  # fmt: skip
+        text = (f"{kind} asks for text, and '{model}' is a(n) {sort}, which writes none; give "
+                "--kind classification, or a model that writes")  # fmt: skip
         raise InputError("--kind", [text])
     if kind is None:
         kind = "generation" if writes else "classification"
@@ -107,7 +114,7 @@ def advise(
     loop = start["loop"]
     loop["max_length"] = min(loop["max_length"], longest_row(config, load_recipe(start)))
     papers = found_by_others.read()
-    own = list(_of_records(records, model, rows, kind))
+    own = list(_of_records(records, model, sort, rows, kind))
     names = registry.names("method")
     out = []
     for name in names:
@@ -115,7 +122,7 @@ def advise(
         one = Advice(name, None, cls.learning_rate_hint)
         one.evidence = [e for places in own for m, e in places.items() if m == name]
         one.evidence += [
-            _of_paper(t, name, rows, kind) for t in papers.tables if name in t.places()
+            _of_paper(t, name, sort, rows, kind) for t in papers.tables if name in t.places()
         ]
         if one.evidence:
             weights = [1.0, *(e.weight for e in one.evidence)]
@@ -123,7 +130,7 @@ def advise(
             one.score = statistics.fmean(places, weights)
         one.evidence.sort(key=lambda e: -e.weight)
         one.remarks = [f"{r.says} ({r.source})" for r in papers.remarks if name in r.methods]
-        one.unknown = list(_unknown(one, model, rows, kind))
+        one.unknown = list(_unknown(one, model, sort, rows, kind))
         out.append(one)
     out.sort(key=lambda a: (a.score is None, -(a.score or 0.0), a.method))
     _plan(out, start, device)
@@ -131,18 +138,40 @@ def advise(
     return out
 
 
-def _of_paper(table: Comparison, method: str, rows: int, kind: TaskKind) -> Evidence:
+def _of_paper(table: Comparison, method: str, sort: Kind, rows: int, kind: TaskKind) -> Evidence:
     near = table.speaks_for(rows, kind)
-    says = table.told(method) + ("" if near else "; of other tasks or sizes")
+    apart = ["" if near else "of other tasks or sizes", _otherwise(table.model, sort)]
+    near &= _reads(table.model) == _reads(sort)
     digest = " (from a digest of it)" if table.basis == "digest" else ""
     return Evidence(
-        table.source + digest, table.url, table.setting, says, table.places()[method],
-        PAPER if near else DISTANT,
+        table.source + digest, table.url, table.setting, table.told(method),
+        table.places()[method], PAPER if near else DISTANT, ", ".join(filter(None, apart)),
     )  # fmt: skip
 
 
+def _reads(sort: Kind) -> str:
+    return "images" if sort == "vision" else "text"
+
+
+def _otherwise(theirs: Kind | None, ours: Kind) -> str:
+    """In what a model is of another kind, in words; empty where in nothing."""
+    if theirs == ours:
+        return ""
+    if theirs is None:
+        return "of a model of unknown kind"
+    reads = "" if _reads(theirs) == _reads(ours) else f" of {_reads(theirs)}"
+    return f"of another kind of model ({theirs}{reads})"
+
+
+def _sort_of(checkpoint: str) -> Kind | None:
+    try:
+        return kind_of(assumed.config_of(checkpoint))
+    except InputError:
+        return None  # Its configuration is not at hand.
+
+
 def _of_records(
-    records: Iterable[RunRecord], model: str, rows: int, kind: TaskKind
+    records: Iterable[RunRecord], model: str, sort: Kind, rows: int, kind: TaskKind
 ) -> Iterator[dict[str, Evidence]]:
     """For each model, task, split and size that several methods were run on: their places."""
     groups: dict[tuple[Any, ...], dict[str, dict[str, list[float]]]] = {}
@@ -152,6 +181,7 @@ def _of_records(
             key, setting, value = told
             method = record.recipe["method"]["name"]
             groups.setdefault(key, {}).setdefault(method, {}).setdefault(setting, []).append(value)
+    sorts = {checkpoint: _sort_of(checkpoint) for checkpoint, *_ in groups if checkpoint != model}
     for (checkpoint, task, split, metric, trained, asks, higher), methods in groups.items():
         sign = 1.0 if higher else -1.0
         means = {m: max((sign * statistics.fmean(v), len(v)) for v in s.values())
@@ -160,16 +190,20 @@ def _of_records(
         if high == low:
             continue  # One method alone, or all the same: no order.
         same = checkpoint == model
+        theirs = sort if same else sorts[checkpoint]
         weight = OWN if same else OTHER_MODEL
         near = rows / NEAR_ROWS <= trained <= rows * NEAR_ROWS and asks == kind
         weight *= 1.0 if near else 0.25
+        if theirs is not None and _reads(theirs) != _reads(sort):
+            weight = DISTANT
+        apart = ["" if near else "of other tasks or sizes", _otherwise(theirs, sort)]
         setting = f"{task}, {trained} rows, {metric} on {split}"
         yield {
             m: Evidence(
                 f"records of {'this model' if same else checkpoint}", None, setting,
                 f"{sign * mean:.3g}, mean of {n} run(s) at its best setting, between "
-                f"{sign * low:.3g} and {sign * high:.3g}" + ("" if near else "; of other sizes"),
-                place(mean, low, high), weight,
+                f"{sign * low:.3g} and {sign * high:.3g}",
+                place(mean, low, high), weight, ", ".join(filter(None, apart)),
             )
             for m, (mean, n) in means.items()
         }  # fmt: skip
@@ -196,14 +230,15 @@ def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], str, float] | None:
     return key, repr((setting, loop)), score.value
 
 
-def _unknown(one: Advice, model: str, rows: int, kind: TaskKind) -> Iterator[str]:
+def _unknown(one: Advice, model: str, sort: Kind, rows: int, kind: TaskKind) -> Iterator[str]:
     if not one.evidence:
         yield "no record and no comparison of it is at hand"
         return
     if not any(e.source == "records of this model" for e in one.evidence):
         yield f"no record of it on {model}"
     if all(e.weight <= DISTANT for e in one.evidence):
-        yield f"nothing on {kind} with about {rows:,} rows"
+        of = " of images" if sort == "vision" else ""
+        yield f"nothing on {kind}{of} with about {rows:,} rows"
 
 
 def _plan(ranked: Sequence[Advice], start: dict[str, Any], device: Device) -> None:

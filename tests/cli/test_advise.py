@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import ViTConfig
 
 from lowres.core import findings, registry
 from lowres.core.findings import Comparison
@@ -42,7 +43,8 @@ def order(*asked: Any) -> list[str]:
 def test_places_lie_between_the_worst_and_the_best() -> None:
     """Closed form: scores linearly, near ones near the middle, of tiers the mean rank."""
     told: dict[str, Any] = {
-        "source": "s", "url": "u", "basis": "text", "setting": "t", "kind": None, "rows": (1, 10),
+        "source": "s", "url": "u", "basis": "text", "setting": "t", "model": "decoder",
+        "kind": None, "rows": (1, 10),
     }  # fmt: skip
     scored = Comparison(**told, scores={"a": 10.0, "b": 15.0, "c": 20.0})
     assert scored.places() == {"a": 0.0, "b": 0.5, "c": 1.0}
@@ -69,7 +71,10 @@ def test_every_finding_names_its_source() -> None:
 def test_a_comparison_of_nothing_is_refused(table: str, tmp_path: Path) -> None:
     """Behaviour: with its setting, when the file is read."""
     file = tmp_path / "methods.yaml"
-    entry = "{source: s, url: u, basis: text, setting: alone, kind: null, rows: [1, null], %s}"
+    entry = (
+        "{source: s, url: u, basis: text, setting: alone, model: encoder, kind: null, "
+        "rows: [1, null], %s}"
+    )
     file.write_text(f"tables: [{entry % table}]\nremarks: []\n")
     with pytest.raises(ValueError, match="'alone' compares nothing"):
         findings.read(file)
@@ -105,6 +110,34 @@ def test_records_of_the_model_come_before_papers() -> None:
     assert {e.weight for a in far for e in a.evidence if e.url is None} == {1.0}
     other = advice.advise(TINY, 8000, 8.0, "classification", cola())
     assert any(f"records of {MINILM}" == e.source for a in other for e in a.evidence)
+
+
+def test_what_is_known_of_another_kind_of_model_is_told_as_such(
+    tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    """Behaviour: comparisons on text say little of a model that reads images; among models of text
+    the kind is told, and where a record's model is not at hand that is told, too."""
+    ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path)
+    records = cola()
+    for record in records[len(records) // 2 :]:
+        record.recipe["model"]["checkpoint"] = "./nowhere"
+    found = advice.advise(str(tmp_path), 50, 8.0, None, records)
+    text = [e for one in found for e in one.evidence]
+    assert text and {e.weight for e in text if e.source != "records of ./nowhere"} == {
+        advice.DISTANT
+    }
+    assert all("of another kind of model (" in e.apart and " of text)" in e.apart for e in text
+               if e.source != "records of ./nowhere")  # fmt: skip
+    assert any("of a model of unknown kind" in e.apart for e in text)
+    papers = advice.advise(str(tmp_path), 50, 8.0, None, ())
+    lora = next(one for one in papers if one.method == "lora")
+    assert "nothing on classification of images with about 50 rows" in lora.unknown
+    near = [e for one in advice.advise(TINY, 50, 8.0, "classification", ()) for e in one.evidence]
+    t0 = {(e.apart, e.weight) for e in near if e.setting.startswith("T0-3B")}
+    assert t0 == {("of another kind of model (encoder_decoder)", advice.PAPER)}
+    told = command("advise", "--model", tmp_path, "--task-size", 50, "--device-gib", 8)
+    assert "evidence: Few-Shot" not in told.stdout
+    assert "2022 (of another kind of model (encoder_decoder of text))" in told.stdout
 
 
 def test_runs_that_hardly_differ_say_hardly_anything() -> None:
