@@ -47,8 +47,10 @@ def command(
 ) -> None:  # fmt: skip
     """Rank methods by records at hand and by what papers found; say what is not known.
 
-    What fits is planned for one row of at most 512 tokens in bfloat16, for the first of the list.
+    What fits is planned for one row of at most 512 tokens in bfloat16, for the first of the list;
+    of the others it tells the least that they need.
     """
+    from lowres.run import possible
     from lowres.run.advice import advise
 
     wanted: TaskKind | None = None if kind is None else kind.value
@@ -63,9 +65,16 @@ def command(
     ranked = [one for one in found if one.score is not None]
     for number, one in enumerate(ranked, 1):
         _print(number, one)
-    rest = ", ".join(one.method for one in found if one.score is None)
+    rest = ", ".join(one.method + _cannot(one) for one in found if one.score is None)
     typer.echo(f"nothing is known of: {rest or 'none'}")
     typer.echo("a score is the mean place in its comparisons, from 0 to 1; see docs/methods.md")
+    typer.echo(
+        f"planned: the first {possible.PLANNED} that may fit; 'at least' is without activations"
+    )
+
+
+def _cannot(one: Advice) -> str:
+    return " (refused)" if one.refused else " (does not fit)" if one.fits is False else ""
 
 
 def _records(named: list[Path] | None) -> list[RunRecord]:
@@ -85,7 +94,8 @@ def _records(named: list[Path] | None) -> list[RunRecord]:
 
 
 def _print(number: int, one: Advice) -> None:
-    from lowres.run.advice import DISTANT, told
+    from lowres.run.advice import DISTANT
+    from lowres.run.possible import told
 
     low, high = one.learning_rates
     typer.echo(f"{number}. {one.method}   score {one.score:.2f}; {told(one)}; "
@@ -93,10 +103,11 @@ def _print(number: int, one: Advice) -> None:
     near = [e for e in one.evidence if e.weight > DISTANT]
     for e in near:
         link = f" {e.url}" if e.url else ""
-        typer.echo(f"   evidence: {e.source}{link}: {e.setting}: {e.says}")
-    if len(near) < len(one.evidence):
-        further = "; ".join(dict.fromkeys(e.source for e in one.evidence if e not in near))
-        typer.echo(f"   of other tasks or sizes, for little: {further}")
+        typer.echo(f"   evidence: {e.source}{link}: {e.setting}: {e.says}"
+                   + (f"; {e.apart}" if e.apart else ""))  # fmt: skip
+    further = dict.fromkeys(f"{e.source} ({e.apart})" for e in one.evidence if e not in near)
+    if further:
+        typer.echo(f"   for little: {'; '.join(further)}")
     for remark in one.remarks:
         typer.echo(f"   remark: {remark}")
     for gap in one.unknown:

@@ -49,10 +49,11 @@ def command(
     fields = _fields(cls)
     text = registry.docstring(family, name)
     facts = _facts(cls, name, text) if family == "method" else {}
+    told = None if model is None else _counts(cls, name, model, overrides or [])
     if as_json:
         out = {"family": family, "name": name, "about": text, "fields": fields, **facts}
-        if model is not None:
-            out["counts"] = _counts(cls, name, model, overrides or [])
+        if told is not None:
+            out["counts"] = told
         typer.echo(json.dumps(out, indent=1, default=list))
         return
     typer.echo(f"{family} {name}   ({registry.source(family, name).name})\n\n{text}\n")
@@ -63,8 +64,7 @@ def command(
     for f_ in fields:
         value = "required" if f_["required"] else f"default {f_['default']!r}"
         typer.echo(f"  {f_['name']}: {f_['type']}   {value}")
-    if model is not None:
-        told = _counts(cls, name, model, overrides or [])
+    if told is not None:
         of = f"{told['share']:.4%} of the model's {told['model']:,} parameters"
         typer.echo(f"\ntrains on {model}: {told['trainable']:,} ({of})")
 

