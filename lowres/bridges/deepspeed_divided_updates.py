@@ -71,7 +71,7 @@ class DividedUpdates(PlannedEngine):
         collected = None
         if len(waiting) > 1 or sent != waiting[0].elements:
             collected = torch.empty(sent, dtype=held.dtype)
-        if held.processes > 1 and not held.apart:
+        if not held.apart:
             torch.empty(sent, dtype=held.dtype)  # gloo sends a copy
         to_disk: list[tuple[SubGroup, Part, torch.Tensor]] = []
         for part in waiting:

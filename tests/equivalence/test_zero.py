@@ -279,6 +279,28 @@ def test_the_plan_is_what_is_measured(
     assert checked == 5
 
 
+@pytest.mark.slow
+def test_what_a_bucket_sends_is_planned(
+    raw_recipe: Callable[..., dict[str, Any]], wide: Path, tmp_path: Path
+) -> None:
+    """Reference: live bytes of a run of stage 3 whose updates peak while a bucket of millions of
+    gradients is sent, in one process too."""
+    lever = {"name": "zero", "stage": 3, "offload_parameters": "cpu", "whole_elements": 0}
+    loop = {"steps": 2, "micro_batch_size": 2, "max_grad_norm": None}
+    keys = raw_recipe(
+        objective="label_words", method="full", loop=loop, levers=[lever],
+        model={"checkpoint": str(wide)},
+    )  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
+    said = launched(tmp_path / "r.yaml", 0, 3, "--output", str(tmp_path / "run"))
+    assert (tmp_path / "run" / "record.json").exists(), said
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    planned = record["plan"]["phases"]["steady_steps"]
+    measured = record["measured"]["phases"]["steady_steps"]["live_bytes"]
+    assert planned["instant"].startswith("backward")
+    assert abs(planned["live_bytes"] - measured) <= SCALARS_BYTES
+
+
 def test_on_a_card_the_plan_parts_device_and_host(
     raw_recipe: Callable[..., dict[str, Any]],
 ) -> None:
