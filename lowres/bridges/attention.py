@@ -40,6 +40,12 @@ def watch() -> None:
 def stop_unless_served(model: Any) -> None:
     """Raise InputError where the model's attention would not ask, now or when it is next run."""
     unserved = _unserved(model.config)
+    if unserved is not None and not getattr(model, "_supports_sdpa", True):
+        text = (
+            f"a {type(model).__name__} has no attention but its own, which takes no prefixes; use "
+            "a method without them, such as lora"
+        )
+        raise InputError("the recipe", [Problem("method", text)])
     if unserved is not None:
         raise InputError("the recipe", [Problem("model.attention", unserved)])
     for module in model.modules():

@@ -89,3 +89,10 @@ def test_a_map_is_not_scaled_where_half_of_it_has_other_queries() -> None:
     """Behaviour."""
     with pytest.raises(InputError, match=r"'map': the queries of relative positions.*leave it out"):
         adapted("attn_scale", "MaskedLM", "own", scales=["map"])
+
+
+@pytest.mark.parametrize("method", ["mam", "prefix_tuning", "s4", "unipelt"])
+def test_prefixes_are_refused_where_no_attention_takes_them(method: str) -> None:
+    """Behaviour: there is no other implementation that one could choose."""
+    with pytest.raises(InputError, match="no attention but its own.*use a method without them"):
+        adapted(method, "MaskedLM", "own")
