@@ -37,6 +37,7 @@ def rehearsing() -> Iterator[None]:
     with (
         mock.patch.object(import_utils, "is_fake_tensor", lambda _: False),
         mock.patch.object(nn.Module, "_apply", _apply),
+        stand_ins.unpacked_as_real(),
     ):
         yield
 

@@ -6,8 +6,12 @@ the attributes that the layers and PEFT read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -25,6 +29,24 @@ def prepare() -> None:
     functional.quantize_blockwise(torch.zeros(256))
     if "udynamic" not in functional.name2qmap:
         functional.name2qmap["udynamic"] = functional.create_dynamic_map(signed=False)
+
+
+@contextlib.contextmanager
+def unpacked_as_real() -> Iterator[None]:
+    """PEFT's HiRA knows a packed weight by the name of its class, which a stand-in has not."""
+    from bitsandbytes import functional
+
+    hira: Any = importlib.import_module("peft.tuners.hira.bnb")  # its package has another `bnb`
+    usual = hira.dequantize_bnb_weight
+
+    def dequantize(weight: Any, state: Any = None) -> torch.Tensor:
+        if hasattr(weight, "bnb_quantized"):  # in 4 bits
+            whole: torch.Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+            return whole
+        return usual(weight, state)
+
+    with mock.patch.object(hira, "dequantize_bnb_weight", dequantize):
+        yield
 
 
 def replace_linear(model: nn.Module, config: Any) -> None:

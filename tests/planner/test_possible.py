@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from transformers import Phi3Config
 
 from lowres.core import registry
 from lowres.core.errors import InputError
@@ -17,6 +16,7 @@ from lowres.memory import device as devices
 from lowres.run import advice, assumed, possible
 from lowres.run.least import COPIES, least_bytes
 from lowres.run.starting import starting_recipe
+from tests.conftest import sampled
 
 DEVICE = devices.generic(8.0)
 
@@ -48,14 +48,15 @@ def test_the_least_of_full_fine_tuning_is_its_parameters_four_times(start: dict[
     assert plain - few == 9 * (matrices * (2 - 0.5 - 1 / 64) - 7 * 4 * (16 + 256 + 1 + 1))
 
 
-@pytest.mark.parametrize("method", registry.names("method"))
+@pytest.mark.parametrize("method", sampled(registry.names("method"), every=5))
 def test_a_plan_needs_no_less_than_the_least(method: str, start: dict[str, Any]) -> None:
     """Reference: the traced update, with the levers that leave least."""
     config = assumed.config_of(start["model"]["checkpoint"])
     one = advice.Advice(method, 1.0, (0.0, 1.0))
     possible.fill_in([one], start, config, DEVICE)
     if one.refused is not None:
-        assert method == "bitfit", one.refused
+        # There are no biases, and keys have 32 features, half of a group of RoAd.
+        assert method in ("bitfit", "road"), one.refused
         return
     levers = possible.FEW_BITS if "nf4" in registry.load("method", method).few_bits() else (
         possible.CHECKPOINTED)  # fmt: skip
@@ -67,23 +68,24 @@ def test_a_plan_needs_no_less_than_the_least(method: str, start: dict[str, Any])
 
 
 def test_every_refusal_is_known_without_a_plan(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    start: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behaviour: Phi-3 has its queries, keys and values in one matrix. Those that cannot have it
-    follow all others, whatever their scores."""
+    """Behaviour: there are no biases to train, and one says no as it is placed. Those that cannot
+    have the model follow all others, whatever their scores."""
     monkeypatch.setattr(possible, "PLANNED", 0)
-    _only(
-        monkeypatch, "full", "lora", "dora", "ln_tuning", "krona", "vera", "loretta_rep", "bitfit"
-    )
-    Phi3Config(
-        vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=512, pad_token_id=0,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    found = [a for a in advice.advise(str(tmp_path), 1000, 8.0, None, ()) if a.score is not None]
+    _only(monkeypatch, "full", "lora", "dora", "ln_tuning", "houlsby", "bitfit", "ia3")
+    cls: Any = registry.load("method", "houlsby")
+
+    def refuse(self: Any, model: Any, blocks: Any) -> Any:
+        raise InputError("the recipe", ["a block has no place for it"])
+
+    monkeypatch.setattr(cls, "apply", refuse)
+    model = start["model"]["checkpoint"]
+    found = [a for a in advice.advise(model, 1000, 8.0, None, ()) if a.score is not None]
     refused = [a for a in found if a.refused is not None]
-    assert {a.method for a in refused} == {"lora", "krona", "vera", "loretta_rep", "bitfit"}
-    assert len(found) == 8 and found[-5:] == refused
-    assert all(a.fits is None and a.at_least_bytes for a in found[:3])
+    assert {a.method for a in refused} == {"houlsby", "bitfit"}
+    assert len(found) == 7 and found[-2:] == refused
+    assert all(a.fits is None and a.at_least_bytes for a in found[:5])
     assert "refused: " in possible.told(refused[0]) and "at least" in possible.told(found[0])
 
 
