@@ -213,7 +213,7 @@ def table(record: dict[str, Any]) -> str:
     for name, row in record["levers"].items():
         saved = row["before"] - row["after"]
         lever = lever_of(name)
-        form = "zero stage 3" if name.startswith("zero, stage 3") else lever
+        form = load_recipe(pair(name)[1]).levers[-1].form()
         against = [
             other for other in registry.names("lever")
             if other != lever and cells[f"lora + {form} + {other}"].outcome != "works"

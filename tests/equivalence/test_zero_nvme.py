@@ -16,7 +16,7 @@ import yaml
 import lowres
 from lowres.bridges import deepspeed_disk
 from lowres.core.errors import InputError
-from tests.equivalence.test_zero import SCALARS_BYTES, TOLERANCE, launched
+from tests.equivalence.test_zero import TOLERANCE, compare, launched
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,18 +95,11 @@ def test_the_plan_is_what_is_measured(
     tmp_path: Path,
 ) -> None:
     """Reference: live bytes of the run, phase by phase, where host and device are one memory, exact
-    but for scalars; and the bytes of the files, each process's the same. While parameters are
-    divided, gloo's thread may hold the last one that it sent, of 1032 x 512 at most."""
+    but for scalars; and the bytes of the files, each process's the same. At the peak of loading a
+    model that is trained in full holds one parameter more, of 1032 x 512 at most; why is not known,
+    and with adapters it holds none."""
     record = _recorded(keys(method, loop, dict(lever)), tmp_path / "nvme", processes)
-    assert record["plan"] is not None, record["events"]
-    checked = 0
-    for phase, measured in record["measured"]["phases"].items():
-        if measured["live_bytes"] is not None:
-            off = record["plan"]["phases"][phase]["live_bytes"] - measured["live_bytes"]
-            late = 1032 * 512 * 4 if phase == "load" else 0
-            assert -late - SCALARS_BYTES <= off <= SCALARS_BYTES, (phase, off)
-            checked += 1
-    assert checked == 5
+    compare(record, 1032 * 512 * 4 if method == "full" else 0)
     files = sum(f.stat().st_size for f in (tmp_path / "nvme" / "disk").rglob("*.swp"))
     assert files == record["plan"]["disk_bytes"] * max(1, processes) > 0
 
