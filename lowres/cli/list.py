@@ -48,5 +48,5 @@ def _groups(family: str, names: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         told = registry.constant(family, name, "taxonomy")
-        found.setdefault(str(told or ""), []).append(name)
+        found.setdefault(told or "", []).append(name)
     return dict(sorted(found.items()))

@@ -31,7 +31,8 @@ class Method(Part):
     """A member of the family."""
 
     family: ClassVar[str] = "method"
-    taxonomy: ClassVar[Taxonomy] = "additive: other"
+    taxonomy: ClassVar[Taxonomy]
+    """Written in the file of each, where `lowres list` reads it."""
     learning_rate_hint: ClassVar[tuple[float, float]]
     mergeable: ClassVar[bool]
     searched: ClassVar[bool] = False

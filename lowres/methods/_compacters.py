@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from lowres.core.method import Taxonomy
 from lowres.core.parts import PositiveInt, part
 from lowres.methods._adapter import Adapter
 from lowres.methods._adapters import SHARED, Activation, hypercomplex
@@ -28,7 +27,6 @@ class Compacters(Adapter):
         rank: Of each term's right factor.
     """
 
-    taxonomy: ClassVar[Taxonomy] = "hybrid"
     # 3e-3 in the paper; 1e-3 is the upper end of Scaling Down to Scale Up
     # (https://arxiv.org/abs/2303.15647).
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-3, 3e-3)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowres.core.errors import LowresError
-from lowres.core.method import Method, Taxonomy
+from lowres.core.method import Method
 from lowres.core.parts import Circumstance, PositiveInt, part
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ class Prompted(Method):
         length: P, how many; they take positions of the model and room in every attention.
     """
 
-    taxonomy: ClassVar[Taxonomy] = "additive: soft prompts"
     mergeable: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
     refuses: ClassVar[Mapping[Circumstance, str]] = {

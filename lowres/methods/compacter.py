@@ -11,8 +11,9 @@ frozen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from lowres.core.method import Taxonomy
 from lowres.core.parts import part
 from lowres.methods._adapters import behind_both
 from lowres.methods._compacters import Compacters
@@ -36,6 +37,8 @@ class Compacter(Compacters):
         terms: n, how many terms the sum has; the A_j are n x n.
         rank: r of the products s_j t_j.
     """
+
+    taxonomy: ClassVar[Taxonomy] = "hybrid"
 
     def places(self, model: nn.Module, blocks: Blocks) -> Sequence[str]:
         return behind_both(model, blocks)

@@ -10,8 +10,9 @@ outputs are exactly the model's; norms stay frozen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from lowres.core.method import Taxonomy
 from lowres.core.parts import part
 from lowres.methods._adapters import behind_feed_forward
 from lowres.methods._compacters import Compacters
@@ -35,6 +36,8 @@ class CompacterPp(Compacters):
         terms: n, how many terms the sum has; the A_j are n x n.
         rank: r of the products s_j t_j.
     """
+
+    taxonomy: ClassVar[Taxonomy] = "hybrid"
 
     def places(self, model: nn.Module, blocks: Blocks) -> Sequence[str]:
         return behind_feed_forward(model, blocks)

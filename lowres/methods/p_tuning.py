@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from lowres.core.method import Taxonomy
 from lowres.core.parts import Guard, PositiveInt, part
 from lowres.methods._prompted import Prompted
 
@@ -29,6 +30,7 @@ class PTuning(Prompted):
         hidden: Inner width of the network.
     """
 
+    taxonomy: ClassVar[Taxonomy] = "additive: soft prompts"
     # 1e-4 to 5e-4 in LoRETTA's comparison (https://arxiv.org/abs/2402.11417).
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-4, 5e-3)
     # What is saved was made of what was trained.

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from lowres.core.method import Taxonomy
 from lowres.core.parts import part
 from lowres.methods._prompted import Prompted
 
@@ -28,6 +29,7 @@ class PromptTuning(Prompted):
         init: Where they start: at the embeddings of tokens drawn from the vocabulary, or `random`.
     """
 
+    taxonomy: ClassVar[Taxonomy] = "additive: soft prompts"
     # The paper takes 0.3 with Adafactor.
     learning_rate_hint: ClassVar[tuple[float, float]] = (1e-2, 3e-1)
     config: ClassVar[str] = "PromptTuningConfig"
