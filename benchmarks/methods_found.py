@@ -1,4 +1,4 @@
-"""What was measured of methods, for `lowres show method`: what each saves, rates that were best.
+"""What was measured of methods, for `lowres show method`: what each saves, rates that were good.
 
     python -m benchmarks.methods_found
 
@@ -16,6 +16,8 @@ from typing import Any
 from benchmarks.levers import ROOT
 from benchmarks.methods import records
 from benchmarks.methods_page import saved
+from lowres.core.record import Score, from_file
+from lowres.run.suite import smallest_as_good
 
 ASSET = ROOT / "lowres" / "assets" / "methods" / "found.json"
 SEARCHES = ROOT / "benchmarks" / "records"
@@ -24,9 +26,9 @@ METRICS = ("log_likelihood", "matthews", "accuracy")
 
 
 def found() -> dict[str, Any]:
-    """Method to what it saves and does not, and the best rate of each search."""
+    """Method to what it saves and does not, and a rate of each search."""
     measured = {n: r["measured"] for n, r in records().items() if "measured" in r}
-    rates = best_rates()
+    rates = good_rates()
     out: dict[str, Any] = {}
     for name, figures in sorted(measured.items()):
         saves, not_ = saved(figures, measured["full"])
@@ -34,13 +36,13 @@ def found() -> dict[str, Any]:
     return out
 
 
-def best_rates() -> dict[str, list[dict[str, Any]]]:
-    """Of each method the best rate of each search of several, with those that were tried."""
-    tried: dict[tuple[str, ...], dict[float, float]] = defaultdict(dict)
+def good_rates() -> dict[str, list[dict[str, Any]]]:
+    """Of each method the smallest rate of each search that is as good as the best one, with all."""
+    tried: dict[tuple[str, ...], dict[float, Score]] = defaultdict(dict)
     for file in sorted(SEARCHES.glob("*/cpu/search/*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        recipe = record["recipe"]
-        scores = {s["metric"]: s["value"] for s in record["scores"] if s["split"] == "held_out"}
+        record = from_file(file)
+        recipe = record.recipe
+        scores = {s.metric: s for s in record.final_scores() if s.split == "held_out"}
         score = next(scores[m] for m in METRICS if m in scores)
         task, model = recipe["task"]["name"], recipe["model"]["checkpoint"]
         key = (recipe["method"]["name"], file.parent.parent.parent.name, task, model,
@@ -48,11 +50,10 @@ def best_rates() -> dict[str, list[dict[str, Any]]]:
         tried[key][recipe["optimizer"]["lr"]] = score
     out: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for (method, _, task, model, optimizer), scored in tried.items():
-        # All the same: nothing was learned, and nothing is best.
-        if len(set(scored.values())) > 1:
-            best = max(scored, key=lambda rate: scored[rate])
-            told = {"best": best, "tried": sorted(scored), "task": task, "model": model,
-                    "optimizer": optimizer}  # fmt: skip
+        # All the same: nothing was learned, and nothing is told.
+        if len({s.value for s in scored.values()}) > 1:
+            told = {"rate": smallest_as_good(scored), "tried": sorted(scored), "task": task,
+                    "model": model, "optimizer": optimizer}  # fmt: skip
             out[method].append(told)
     return out
 

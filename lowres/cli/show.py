@@ -126,8 +126,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
     for told in measured.get("rates", ()):
         rates = ", ".join(f"{rate:g}" for rate in told["tried"])
         typer.echo(
-            f"  best of {rates} in runs: {told['best']:g} ({told['task']}, {told['model']}, "
-            f"{told['optimizer']})"
+            f"  as good as the best of {rates} in runs: {told['rate']:g} ({told['task']}, "
+            f"{told['model']}, {told['optimizer']})"
         )
     typer.echo("refuses:" if facts["refuses"] else "refuses: nothing")
     for circumstance, why in facts["refuses"].items():

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -219,7 +219,7 @@ def _searched(
     search: Search, name: str, recipe: str, settings: Sequence[str], values: Sequence[float],
     home: Path, scratch: Path, say: Callable[[str], None],
 ) -> float:  # fmt: skip
-    """The smallest value that scores as the best one does, but for one standard error."""
+    """The value that all runs of the method take."""
     metric = search.metric or load_recipe(recipe, settings).task.metric
     found: dict[float, Score] = {}
     for value in values:
@@ -235,11 +235,16 @@ def _searched(
                 found[value] = score
     if not found:
         raise RunFailed(f"no run of '{name}' scored {metric} on {search.split}")
-    top = max(found.values(), key=lambda score: score.value)
-    best = min(v for v, score in found.items() if score.value >= top.value - top.stderr)
+    best = smallest_as_good(found)
     table = ", ".join(f"{v:g}: {s.value:.3f} +- {s.stderr:.3f}" for v, s in found.items())
     say(f"{name}: {search.key} {best:g} ({search.split} {metric} by value: {table})")
     return best
+
+
+def smallest_as_good(scores: Mapping[float, Score]) -> float:
+    """The smallest value that scores as the best one does, but for one standard error."""
+    top = max(scores.values(), key=lambda score: score.value)
+    return min(value for value, s in scores.items() if s.value >= top.value - top.stderr)
 
 
 def _one(

@@ -86,10 +86,10 @@ def test_what_runs_told_is_shown_as_it_was_recorded(command: Callable[..., Any])
 
     assert ASSET.read_text(encoding="utf-8") == text()
     rates = {one["task"]: one for one in found()["lora"]["rates"]}
-    assert rates["sst2"]["best"] == 0.008
+    assert rates["sst2"]["rate"] == 0.008
     assert rates["sst2"]["tried"] == [0.0005, 0.002, 0.008, 0.032]
     shown = command("show", "method", "lora").stdout
-    assert "best of 0.0005, 0.002, 0.008, 0.032 in runs: 0.008 (sst2, " in shown
+    assert "as good as the best of 0.0005, 0.002, 0.008, 0.032 in runs: 0.008 (sst2, " in shown
     assert "over weights in fewer bits: 4 bits and 8 bits" in shown
     assert "no: it trains the checkpoint's own" in command("show", "method", "full").stdout
 
