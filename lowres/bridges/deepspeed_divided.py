@@ -100,12 +100,21 @@ class Divided(torch.optim.Optimizer):
             self.gradient_of[id(part.parameter)] = self.gradients[at : at + part.size]
             at += part.size
         self.group_of = {id(p.parameter): group for group in self.groups for p in group.parts}
-        for part in trained:  # Hooks are put on whole parameters.
-            gather_now([part], self.processes)
-            part.let_go()
+        self._put_hooks(trained)
         wanted.until.enter_context(in_place_of_linear(self.whole))
         for group in inner.param_groups:
             group["params"] = [g.master for g in self.groups if g.options is group]
+
+    def _put_hooks(self, trained: list[Part]) -> None:
+        """Each parameter is whole for that, one after the other. Where gloo sends, its thread may
+        let go of one late, when the next is there already.
+        """
+        late: list[torch.Tensor] = []
+        for part in trained:
+            gather_now([part], self.processes)
+            late = [] if self.apart else [part.parameter.data]
+            part.let_go()
+        late.clear()
 
     @contextlib.contextmanager
     def whole(self, parameter: torch.Tensor) -> Iterator[None]:

@@ -72,9 +72,9 @@ PLANNED += [
 ]  # fmt: skip
 SCALARS_BYTES = 4096
 """Norms, flags and learning rates, which are made as tensors and not planned."""
-SENT_BYTES = 66 * 16 * 4
-"""Stage 3 sends each parameter to the other processes as it divides it, and gloo's thread may let
-go of it later: at the peak of loading the positions, which come before the words, may be whole."""
+LATE_BYTES = 66 * 16 * 4
+"""The largest parameter. Stage 3 has each of them whole for a moment as it loads, and gloo's thread
+may let go of one when the next is there: sometimes, and the plan is made for that."""
 TOLERANCE = 1e-5
 """Of losses: sums over processes and buckets are made in another order."""
 
@@ -246,19 +246,19 @@ def test_in_bfloat16_the_losses_are_those_of_the_plain_run_to_its_rounding(
     assert any("holds, computes with and saves" in event["text"] for event in record["events"])
 
 
-def compare(record: dict[str, Any], unplanned_bytes: int) -> None:
+def compare(record: dict[str, Any], late_bytes: int) -> None:
     """Hold the plan of a run against its live bytes, phase by phase; exact but for scalars.
 
     Args:
-        unplanned_bytes: That may be held besides at the peak of loading.
+        late_bytes: That may be let go of late at the peak of loading, or in time.
     """
     assert record["plan"] is not None, record["events"]
     checked = 0
     for phase, measured in record["measured"]["phases"].items():
         if measured["live_bytes"] is not None:
             off = record["plan"]["phases"][phase]["live_bytes"] - measured["live_bytes"]
-            late = unplanned_bytes if phase == "load" else 0
-            assert -late - SCALARS_BYTES <= off <= SCALARS_BYTES, (phase, off)
+            late = late_bytes if phase == "load" else 0
+            assert -SCALARS_BYTES <= off <= SCALARS_BYTES + late, (phase, off)
             checked += 1
     assert checked == 5
 
@@ -285,7 +285,7 @@ def test_the_plan_is_what_is_measured(
     said = launched(tmp_path / "r.yaml", processes, stage, "--output", str(tmp_path / "run"))
     assert (tmp_path / "run" / "record.json").exists(), said
     record = json.loads((tmp_path / "run" / "record.json").read_text())
-    compare(record, SENT_BYTES if (stage, processes) == (3, 2) else 0)
+    compare(record, LATE_BYTES if stage == 3 else 0)
 
 
 @pytest.mark.slow
