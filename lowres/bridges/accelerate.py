@@ -91,6 +91,12 @@ def _stop_at_other_engines(divides: bool) -> None:
         raise InputError("the recipe", [Problem("levers", text)])
 
 
+def loss_scale(accelerator: Any) -> float | None:
+    """What the loss is multiplied with for float16's sake; None in other precisions."""
+    scaler = getattr(accelerator, "scaler", None)
+    return None if scaler is None else float(scaler.get_scale())
+
+
 def is_main() -> bool:
     """Whether this is the process that speaks, before or after a run."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -33,7 +33,9 @@ class Saved:
         smallest_bytes: int,
         stream: torch.cuda.Stream | None,
     ) -> None:
-        self._fixed = {tensor.untyped_storage()._cdata for tensor in fixed}
+        storages = [tensor.untyped_storage() for tensor in fixed]
+        # Where a storage has died another may begin at its address.
+        self._fixed = {storage._cdata: weakref.ref(storage) for storage in storages}
         self._device, self._smallest_bytes, self._stream = device, smallest_bytes, stream
         self._known: dict[Any, weakref.ref[Kept]] = {}
         self._latest: weakref.ref[Kept] | None = None
@@ -45,7 +47,7 @@ class Saved:
             tensor.device != self._device
             or not tensor.is_floating_point()
             or tensor.numel() * tensor.element_size() < self._smallest_bytes
-            or storage._cdata in self._fixed
+            or self._is_fixed(storage)
             or host.holds(tensor)
         ):
             return tensor
@@ -65,6 +67,10 @@ class Saved:
                 kept = Kept(plain, self._stream, self._latest)
             self._known[key] = self._latest = weakref.ref(kept)
         return Ticket(kept, (size, stride, offset) if whole else None)
+
+    def _is_fixed(self, storage: torch.UntypedStorage) -> bool:
+        there = self._fixed.get(storage._cdata)
+        return there is not None and there() is not None
 
     def unpack(self, packed: Any) -> torch.Tensor:
         """The tensor again, on the device."""

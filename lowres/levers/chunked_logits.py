@@ -81,11 +81,12 @@ class ChunkedLearner(Learner):
         from lowres.levers._summed import used_in_slices
 
         labels = batch["labels"]
-        hidden_BTD, head, tail = self._body(batch)
         if self.head == "causal":
             labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labels_N = labels.reshape(-1)
+        # The host waits for a count that a device makes; before the body there is nothing else.
         targets_K = (labels_N != IGNORED).nonzero()[:, 0]
+        hidden_BTD, head, tail = self._body(batch)
         hidden_KD = hidden_BTD.flatten(0, 1).index_select(0, targets_K)
         del hidden_BTD
 

@@ -18,14 +18,16 @@ from lowres.core.learner import Learner
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
+from lowres.memory import device as devices
 from lowres.memory.meter import Meter
 from lowres.run import build, checkpoint, choices, environment, output, processes
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
 from lowres.run.held import held
+from lowres.run.out_of_memory import is_out_of_memory
 from lowres.run.progress import Reporter
 from lowres.run.remarks import remarks
-from lowres.run.session import TrainingSession, is_out_of_memory
+from lowres.run.session import TrainingSession
 
 
 def execute(
@@ -192,7 +194,9 @@ def _new_record(recipe: Recipe, accelerator: Any) -> RunRecord:
 
 
 def _limit(recipe: Recipe, accelerator: Any, reporter: Reporter) -> None:
-    """Cap the device's allocator at the budget; without one, at the whole device."""
+    """Cap the device's allocator at what a plan has for tensors, which leaves out the context that
+    a card of that size would hold too; without a budget, at the whole device.
+    """
     device_gib = recipe.budget.device_gib
     if accelerator.device.type != "cuda":
         if device_gib is not None:
@@ -201,12 +205,14 @@ def _limit(recipe: Recipe, accelerator: Any, reporter: Reporter) -> None:
     index = accelerator.device.index
     index = torch.cuda.current_device() if index is None else index
     total = torch.cuda.get_device_properties(index).total_memory
-    asked = total if device_gib is None else gib_to_bytes(device_gib)
-    if asked > total:
-        reporter.say(
-            f"budget.device_gib {device_gib} is more than the device's {format_bytes(total)}"
-        )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), index)
+    most = total
+    if device_gib is not None:
+        if gib_to_bytes(device_gib) > total:
+            reporter.say(
+                f"budget.device_gib {device_gib} is more than the device's {format_bytes(total)}"
+            )
+        most = devices.card(devices.of_torch(accelerator.device), device_gib).available_bytes
+    torch.cuda.set_per_process_memory_fraction(most / total, index)
 
 
 def _plan_line(recipe: Recipe) -> str:

@@ -31,6 +31,7 @@ from lowres.run.gradients import make_gradients, micro_batches
 from lowres.run.guards import Guards
 from lowres.run.held import held
 from lowres.run.limits import Limits
+from lowres.run.out_of_memory import is_out_of_memory
 from lowres.run.output import Losses
 from lowres.run.progress import Reporter
 
@@ -131,14 +132,13 @@ class TrainingSession:
                 )
             self.guards.gradients(getattr(self.accelerator, "scaler", None))
             recipe.method.after_gradients(self.learner.base, step, self.total)
-            norm = self._step(factor)
-            if norm is not None and not math.isfinite(norm):
+            norm, skipped = self._step(factor)
+            if skipped:
                 self.event("skipped", f"update {step + 1} overflowed in float16 and was skipped")
-                norm = None
             if self.accelerator.device.type == "cuda":
                 torch.cuda.synchronize(self.accelerator.device)
         seconds = time.perf_counter() - start
-        self.guards.updated(getattr(self.engine.optimizer, "step_was_skipped", False))
+        self.guards.updated(skipped)
         recipe.method.after_update(self.learner.base, step, self.total)
         self.progress.train_seconds += seconds
         self._made_here += 1
@@ -257,9 +257,14 @@ class TrainingSession:
         return make_gradients(self.recipe.objective, self.learner, self.engine, accelerator,
                               batches, seed, method=self.recipe.method)  # fmt: skip
 
-    def _step(self, factor: float) -> float | None:
+    def _step(self, factor: float) -> tuple[float | None, bool]:
+        """The norm of the gradients, if any, and whether float16's loss scaler left the update out:
+        then it lowers its scale, whichever optimizer it is. accelerate does not see that of a fused
+        one, which leaves the update out itself.
+        """
+        scale = accelerate.loss_scale(self.accelerator)
         try:
-            return self.engine.update(factor, self.recipe.loop.max_grad_norm)
+            norm = self.engine.update(factor, self.recipe.loop.max_grad_norm)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -267,6 +272,11 @@ class TrainingSession:
                 f"out of memory in the optimizer step ({error}); its states do not shrink with the "
                 "micro-batch: train fewer parameters or freeze more"
             ) from error
+        after = accelerate.loss_scale(self.accelerator)
+        skipped = getattr(self.engine.optimizer, "step_was_skipped", False) or (
+            scale is not None and after is not None and after < scale
+        )
+        return (norm if norm is not None and math.isfinite(norm) else None), skipped
 
     def _stop_where_limits_say(self, last: bool) -> None:
         """Save and end the run when asked to or, with updates left, when over its budget."""
@@ -288,11 +298,3 @@ class TrainingSession:
 def _seed(seed: int, step: int, process: int) -> int:
     # An odd multiplier keeps neighbouring (seed, step, process) apart within 63 bits.
     return (seed * 1_000_003 + step * 10_007 + process * 7_919_999_983 + 1) % (1 << 63)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's or the host's memory ran out."""
-    text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in text
-    )

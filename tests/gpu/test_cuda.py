@@ -11,6 +11,8 @@ import torch
 
 import lowres
 from lowres.core.errors import OutOfMemory
+from lowres.core.units import GIB
+from lowres.memory.device import of_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,9 +40,10 @@ def test_the_budget_caps_the_allocator_and_running_out_recovers(
 ) -> None:
     """Behaviour: a micro-batch that does not fit is halved until it does, or the run says so."""
     keys = {"micro_batch_size": 32, "global_batch_size": 32, "max_length": 64}
-    small = recipe("encoder", loop=keys, budget={"device_gib": 0.03})
+    context = of_torch(torch.device("cuda", torch.cuda.current_device())).context_bytes
+    small = recipe("encoder", loop=keys, budget={"device_gib": context / GIB + 0.03})
     try:
-        record = lowres.run(small, output_folder=tmp_path / "out", quiet=True)
+        record = lowres.run(small, output_folder=tmp_path / "out", quiet=True, plan=False)
     except OutOfMemory as error:
         assert "out of memory" in str(error)
         return

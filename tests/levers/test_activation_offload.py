@@ -55,6 +55,20 @@ def test_what_is_small_fixed_whole_numbers_or_on_the_host_stays() -> None:
     assert isinstance(hooks.pack(torch.ones(8)), Ticket)
 
 
+def test_what_begins_where_a_parameter_was_moves() -> None:
+    """Behaviour: of weights that are put away in the meantime the address is used again."""
+    reused = 0
+    for _ in range(50):
+        weight = torch.zeros(1000)
+        address = weight.untyped_storage()._cdata
+        hooks = saved(weight)
+        del weight
+        new = torch.ones(1000)
+        reused += new.untyped_storage()._cdata == address
+        assert isinstance(hooks.pack(new), Ticket)
+    assert reused
+
+
 def test_what_is_saved_twice_is_kept_once_unless_it_was_changed() -> None:
     """Closed form: bytes on the host of one tensor under three views, and of its next version."""
     with LiveBytes("cpu") as counted:

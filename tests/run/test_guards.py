@@ -487,3 +487,35 @@ def test_any_split_of_an_update_gives_the_same_gradients(
 
 def gradients_of(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_updates_that_a_loss_scaler_leaves_out_do_not_count(
+    implementation: str,
+    recipe: Callable[..., Any],
+    before_update: Callable[[Callable[[Any], None]], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Behaviour: as with float16 on a card; accelerate does not see that a fused optimizer left
+    one out. LoRA's A has no gradient before B has moved, which the guard would take for wrong."""
+    make = accelerate.make
+
+    def scaled(one: Any) -> Any:
+        made = make(one)
+        made.scaler = torch.amp.GradScaler("cpu")
+        return made
+
+    left = [2]
+
+    def overflow(engine: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            named(engine, "lora_B.default.weight").grad.fill_(math.inf)
+
+    monkeypatch.setattr(accelerate, "make", scaled)
+    before_update(overflow)
+    optimizer = {"name": "adamw", "lr": 1e-3, "implementation": implementation}
+    record = go(recipe("decoder", method="lora", optimizer=optimizer), tmp_path)
+    assert record.outcome == "ok" and len(record.losses) == 4
+    assert [e.step for e in record.events if e.kind == "skipped"] == [0, 1]
