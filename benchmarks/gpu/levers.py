@@ -5,9 +5,9 @@
     python -m benchmarks.gpu.levers --summary                # the records as a table
     python -m benchmarks.gpu.levers --tiny [--only TEXT]     # small recipes on a CPU
 
-Each recipe has a process of its own, and so has the plain one that is run beside it in the same
-part: step times are ratios to that, and the losses of exact levers are compared with its losses. A
-record that is there is kept, so the command is given again until nothing is left.
+Each recipe has a process of its own, and so has the plain one of its shape, which is run once in
+every part that needs it: step times are ratios to that, and the losses of exact levers are compared
+with its losses. A record that is there is kept: the command is given again until nothing is left.
 """
 
 from __future__ import annotations
@@ -35,37 +35,55 @@ def unite(wanted: Sequence[LeverCase], records: Path, skipped: Mapping[str, str]
     Args:
         skipped: Plain recipes that this machine cannot run, with the reasons.
     """
+    plain_of = _plain_of(wanted)
     for case in wanted:
-        own, other = records / f"{case.name}.json", records / f"{case.beside}.json"
-        if case.beside is None or not (own.exists() or other.exists()):
+        own = records / f"{case.name}.json"
+        if case.beside is None or not own.exists():
             continue
-        record = json.loads(own.read_text(encoding="utf-8")) if own.exists() else None
-        if record is not None and "beside" not in record["suite"]:
-            if other.exists():
-                plain = json.loads(other.read_text(encoding="utf-8"))
-                told = lever_summary.beside(record, plain, case.tolerance)
-            elif case.beside in skipped:
-                told = {"outcome": "skipped", "error": skipped[case.beside]}
-            else:
-                own.unlink()
-                continue
-            record["suite"] |= {"group": case.group, "beside": told}
-            aside = own.with_suffix(".partial")
-            aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            aside.replace(own)
-        other.unlink(missing_ok=True)
+        record = json.loads(own.read_text(encoding="utf-8"))
+        if "beside" in record["suite"]:
+            continue
+        beside = plain_of[case.beside]
+        other = records / f"{beside}.json"
+        if other.exists():
+            plain = json.loads(other.read_text(encoding="utf-8"))
+            told = lever_summary.beside(record, plain, case.tolerance)
+        elif beside in skipped:
+            told = {"outcome": "skipped", "error": skipped[beside]}
+        else:
+            own.unlink()
+            continue
+        record["suite"] |= {"group": case.group, "beside": told}
+        aside = own.with_suffix(".partial")
+        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        aside.replace(own)
+    for name in plain_of.values():
+        (records / f"{name}.json").unlink(missing_ok=True)
 
 
 def order(wanted: Sequence[LeverCase], records: Path) -> list[LeverCase]:
-    """What is to be run: a plain recipe only where the one that it stands beside is."""
-    out: list[LeverCase] = []
+    """What is to be run: a plain recipe only before the first of those that it stands beside."""
+    out: dict[str, LeverCase] = {}
     by_name = {case.name: case for case in wanted}
+    plain_of = _plain_of(wanted)
     for case in wanted:
         if case.beside is not None and not (records / f"{case.name}.json").exists():
-            out += [by_name[case.beside], case]
+            beside = plain_of[case.beside]
+            out |= {beside: by_name[beside], case.name: case}
         elif case.beside is None and case.group == "recipe":
-            out.append(case)
-    return out
+            out[case.name] = case
+    return list(out.values())
+
+
+def _plain_of(wanted: Sequence[LeverCase]) -> dict[str, str]:
+    """Each plain recipe that others stand beside, to the first that is the same."""
+    same: dict[str, str] = {}
+    beside = {case.beside for case in wanted}
+    return {
+        case.name: same.setdefault(json.dumps([case.raw, case.varied], sort_keys=True), case.name)
+        for case in wanted
+        if case.name in beside
+    }
 
 
 def show_plans(wanted: Sequence[LeverCase], configs: Path) -> None:
@@ -105,8 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unite(wanted, part.records, part.skipped)
         if asked.tiny and asked.records is None:
             print(lever_summary.report(part.records))
-    part.say()
-    return 0
+    return part.say()
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ from lowres.run import build, environment, portions
 from lowres.run.foresight import to_record
 from lowres.run.gradients import make_gradients, micro_batches
 from lowres.run.held import held
+from lowres.run.out_of_memory import is_out_of_memory
 from lowres.run.plan import choose_card
-from lowres.run.session import PROBED_UPDATES, WARM_UP_UPDATES, is_out_of_memory
+from lowres.run.session import PROBED_UPDATES, WARM_UP_UPDATES
 
 SAVED_AT_MOST = 2 << 30
 """Larger models are not written: it would time the disk."""
@@ -70,9 +71,14 @@ class Measuring:
         """Load, update, save, evaluate, resume; fills in the record."""
         recipe, inputs = self.recipe, self.inputs
         peft.preload()
-        # Fresh weights are made on the host: a copy in 16 bits is all that the device sees of it.
-        early = torch.cuda.is_available() and recipe.model.init == "random"
-        built = build.assemble(recipe, inputs, load=weights.fresh_model) if early else None
+        # Fresh weights are made on the host, and so is what is put into fewer bits there: a copy is
+        # all that the device sees of it.
+        built = None
+        if torch.cuda.is_available() and recipe.model.init == "random":
+            built = build.assemble(recipe, inputs, load=weights.fresh_model)
+        elif torch.cuda.is_available() and any(x.name == "frozen_offload" for x in recipe.levers):
+            with transformers.loading_in_this_thread():
+                built = build.assemble(recipe, inputs)
         with self._turn():
             accelerator = accelerate.make(recipe)
             if self.capacity_bytes is not None:
@@ -213,6 +219,8 @@ def run(job: Job) -> None:
         print(why)
         raise SystemExit(SKIPPED) from None
     _stop_if_late(job, found)
+    if case.card is not None:
+        _imitate(found.device)
     record = _new_record(case, found, job.commit)
     card = choose_card(found.local, found.device)[1]
     capacity = card.available_bytes if card is not None and card.kind == "cuda" else None
@@ -223,6 +231,7 @@ def run(job: Job) -> None:
     suite: dict[str, Any] = {
         "model": case.model, "side": case.side, "capacity_bytes": capacity, "out_of_memory": None,
         "updates_seconds": measuring.seconds, "card": card and card.name,
+        "imitated": case.card is not None,
     }  # fmt: skip
     try:
         measuring.run()
@@ -248,10 +257,20 @@ def run(job: Job) -> None:
 
 def _stop_if_late(job: Job, found: Foreseen) -> None:
     """Leave a recipe for the next part where its planned time would carry this one over."""
-    step = found.plan.step if found.plan is not None else None
+    # The seconds of a card that is imitated are not those of the one at hand.
+    imitated = job.case.card is not None
+    step = found.plan.step if found.plan is not None and not imitated else None
     updates = (found.recipe.loop.steps or 0) * (step.seconds if step is not None else 1.0)
     if job.deadline is not None and time.time() + 10 + 1.5 * updates > job.deadline:
         raise SystemExit(POSTPONED)
+
+
+def _imitate(device: devices.Device | None) -> None:
+    """Have torch choose workspaces and attention as on that card, which it does by the real one."""
+    capability = (device.compute_capability if device is not None else None) or (8, 6)
+    if capability < (9, 0):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+        os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 
 def _new_record(case: Case, found: Foreseen, commit: str | None) -> RunRecord:

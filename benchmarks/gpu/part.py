@@ -1,7 +1,8 @@
 """One call of a suite's command: as many recipes as its minutes allow, a process for each.
 
-A record that is there is kept, so a command is given again until nothing is left; a recipe whose
-process dies is tried once more and then recorded as failed.
+A record that is there is kept, so a command is given again until nothing is left. A recipe whose
+process fails is recorded so, with the end of what it said; one whose process is killed is tried
+once more before that.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ TRIES = 2
 USUAL_SECONDS = {True: 10.0, False: 45.0}
 """Of a recipe, tiny or not, before the first has ended."""
 LONGEST_SECONDS = 300
+LOG_CHARACTERS = 4000
+"""Of the log of a failed recipe, from its end."""
 SHOWN = 12
 
 
@@ -92,11 +95,15 @@ class Part:
                 self._stop(one)
         self.left += [case.name for case in waiting]
 
-    def say(self) -> None:
-        """What was done and what is left, in a line."""
+    def say(self) -> int:
+        """What was done and what is left, in a line; returns 1 where nothing can be run, else 0."""
         names = ", ".join(self.left[:SHOWN]) + (" ..." if len(self.left) > SHOWN else "")
         print(f"{self.done} run, {len(self.skipped)} skipped, {len(self.left)} left", end="")
         print(f": {names}; give the command again" if self.left else "")
+        if self.done or self.left or not self.skipped:
+            return 0
+        print(f"nothing was run: {next(iter(self.skipped.values()))}", file=sys.stderr)
+        return 1
 
     def _settled(self, case: Case) -> bool:
         """Whether nothing is to be done: it has a record, or lacks a configuration."""
@@ -106,7 +113,7 @@ class Part:
             self.skipped[case.name] = f"there is no {self.configs / case.model}/config.json"
             return True
         if self._tries(case) >= TRIES:
-            self._record_failure(case, "its process was killed from outside, again and again")
+            self._record_failure(case, "its process was killed from outside, again and again", "")
             return True
         return False
 
@@ -147,7 +154,8 @@ class Part:
         name, code = one.case.name, one.process.returncode
         wall = time.time() - one.started
         one.log.seek(0)
-        last = (one.log.read().strip().splitlines() or [""])[-1]
+        log = one.log.read().strip()
+        last = (log.splitlines() or [""])[-1]
         one.log.close()
         place = self.records / f"{name}.json"
         if place.exists():
@@ -167,9 +175,9 @@ class Part:
             return False
         why = f"its process ended with {code} after {wall:.0f} s: {last}"
         print(f"{name}: died: {why}", flush=True)
-        if self._tries(one.case) < TRIES:
+        if code < 0 and self._tries(one.case) < TRIES:
             return True
-        self._record_failure(one.case, why)
+        self._record_failure(one.case, why, log[-LOG_CHARACTERS:])
         return False
 
     def _stop(self, one: Process) -> None:
@@ -186,17 +194,20 @@ class Part:
         marker = self._marker(case)
         return int(marker.read_text(encoding="utf-8") or 1) if marker.exists() else 0
 
-    def _record_failure(self, case: Case, why: str) -> None:
+    def _record_failure(self, case: Case, why: str, log: str) -> None:
         recipe = case.recipe()
         for place, name in ((self.scratch, "scratch"), (self.configs, "configs"), (ROOT, ".")):
-            why = why.replace(str(place), name)
+            why, log = why.replace(str(place), name), log.replace(str(place), name)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = RunRecord(
             id=case.name, outcome="failed", started=now, seconds=0.0, recipe=recipe.resolved(),
             digest=recipe.digest, overrides=[], task_version=recipe.task.version,
-            environment={"versions": environment.versions(), **environment.commit()}, error=why,
+            environment={"versions": environment.versions(), **environment.commit()}
+            | ({"commit_given": self.commit} if self.commit else {}),
+            error=why,
         )  # fmt: skip
-        write(self.records, case.name, record, {"model": case.model, "side": case.side})
+        suite = {"model": case.model, "side": case.side, "log": log.splitlines()}
+        write(self.records, case.name, record, suite)
         self._marker(case).unlink(missing_ok=True)
         self.done += 1
 

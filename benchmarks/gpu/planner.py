@@ -6,8 +6,8 @@
     python -m benchmarks.gpu.planner --tiny           # eight small recipes on a CPU, in a minute
 
 Each recipe has a process of its own, for a clean allocator and context. A record that is there is
-kept, so the command is given again until nothing is left; a recipe whose process dies is tried once
-more and then recorded as failed.
+kept, so the command is given again until nothing is left. Where a machine is had for minutes and
+keeps nothing, bring the records back after each part, and let them travel with the next.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part.run(wanted)
         if asked.tiny and asked.records is None:
             print(summary.report(part.records))
-    part.say()
-    return 0
+    return part.say()
 
 
 if __name__ == "__main__":

@@ -93,8 +93,10 @@ def peak_error(record: dict[str, Any]) -> float | None:
 
 
 def step_ratio(record: dict[str, Any]) -> float | None:
-    """Measured over planned seconds of an update."""
+    """Measured over planned seconds of an update; None where another card was planned for."""
     step, planned = record["measured"]["step_time"], (record["plan"] or {}).get("step")
+    if record.get("suite", {}).get("imitated"):
+        return None
     return step["p50_seconds"] / planned["seconds"] if step and planned else None
 
 

@@ -63,7 +63,7 @@ def checkpoint(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     Written tensor by tensor, so that no more memory is taken than one of them needs.
 
     Raises:
-        NoRoom: Where the disk would be left with less than half as much again.
+        NoRoom: Where the disk has not a tenth more than that.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -72,7 +72,7 @@ def checkpoint(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     size = sum(shape.numel() * dtype.itemsize for shape in shapes.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
-    if free < 1.5 * size:
+    if free < 1.1 * size:
         raise NoRoom(f"weights of {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of disk are free")
     aside = folder.with_name(f"{folder.name}.{os.getpid()}")
     aside.mkdir()

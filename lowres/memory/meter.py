@@ -107,9 +107,11 @@ def process_bytes(device: torch.device) -> int | None:
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == os.getpid() and process.usedGpuMemory is not None:
-                return int(process.usedGpuMemory)
+        there = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        # In a container the driver may tell the number that a process has outside.
+        own = [p for p in there if p.pid == os.getpid()] or (there if len(there) == 1 else [])
+        if own and own[0].usedGpuMemory is not None:
+            return int(own[0].usedGpuMemory)
     except (pynvml.NVMLError, AttributeError):
         return None  # containers and Windows hide per-process figures
     return None

@@ -216,21 +216,38 @@ def test_a_row_tells_ratio_and_peaks() -> None:
 def test_halves_are_put_together_or_dropped(tmp_path: Path) -> None:
     """Behaviour: a record without its plain recipe, and the other way round, is made again."""
     case = next(c for c in every(small=True) if c.beside and c.group == "alone")
+    both = [c for c in every(small=True) if c.name in (case.name, case.beside)]
     own, other = tmp_path / f"{case.name}.json", tmp_path / f"{case.beside}.json"
     for file in (own, other):
         file.write_text(json.dumps(_record(file.stem)))
-        levers.unite([case], tmp_path, {})
+        levers.unite(both, tmp_path, {})
         assert not list(tmp_path.iterdir())
     own.write_text(json.dumps(_record("own")))
     other.write_text(json.dumps(_record("plain")))
-    levers.unite([case], tmp_path, {})
+    levers.unite(both, tmp_path, {})
     assert [f.name for f in tmp_path.iterdir()] == [own.name]
     assert json.loads(own.read_text())["suite"]["beside"]["outcome"] == "ok"
-    assert levers.order([case], tmp_path) == []
+    assert levers.order(both, tmp_path) == []
     own.write_text(json.dumps(_record("own")))
-    levers.unite([case], tmp_path, {case.beside or "": "no room"})
+    levers.unite(both, tmp_path, {case.beside or "": "no room"})
     told = json.loads(own.read_text())["suite"]["beside"]
     assert told == {"outcome": "skipped", "error": "no room"}
+
+
+def test_a_plain_recipe_stands_beside_all_of_its_shape(tmp_path: Path) -> None:
+    """Behaviour: it is run once, before the first of them, and each record gets what it gave."""
+    found = [c for c in every(small=True) if c.group == "ladder" and c.model == "decoder"]
+    lora = [c for c in found if c.raw["method"]["name"] == "lora"]
+    rungs = [c for c in lora if c.beside]
+    ordered = levers.order(lora, tmp_path)
+    assert [c.name for c in ordered] == [rungs[0].beside, *(c.name for c in rungs)]
+    assert len(rungs) >= 6
+    for name in (rungs[0].beside, rungs[0].name, rungs[3].name):
+        (tmp_path / f"{name}.json").write_text(json.dumps(_record(name or "")))
+    levers.unite(lora, tmp_path, {})
+    left = {f.stem: json.loads(f.read_text())["suite"]["beside"] for f in tmp_path.iterdir()}
+    assert set(left) == {rungs[0].name, rungs[3].name}
+    assert left[rungs[0].name] == left[rungs[3].name]
 
 
 def test_a_recipe_that_cannot_be_planned_is_run_without_a_plan(

@@ -1,7 +1,8 @@
-"""Memory that runs out on a card, as far as it can be told without one."""
+"""Memory of a card that is capped, runs out or is asked for, as far as can be told without one."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from lowres.core.units import GIB
 from lowres.memory import device as devices
+from lowres.memory.meter import process_bytes
 from lowres.run.execute import _limit
 from lowres.run.out_of_memory import is_out_of_memory
 
@@ -52,3 +54,29 @@ def test_the_allocator_gets_what_a_plan_has_for_tensors(
     most = card.total_bytes if budget is None else budget * GIB - card.context_bytes
     assert index == 0 and share * card.total_bytes == pytest.approx(most)
     assert card.context_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        ([(os.getpid(), 5), (1, 7)], 5),
+        ([(1, 7)], 7),  # in a container, under the number that it has outside
+        ([(1, 7), (2, 8)], None),
+        ([(os.getpid(), None)], None),
+        ([], None),
+    ],
+)
+def test_what_the_driver_charges_is_that_of_this_process(
+    there: list[tuple[int, int | None]], told: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: by its number, or where there is no other."""
+    import pynvml
+
+    listed = [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in there]
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: listed)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0")
+    )
+    assert process_bytes(torch.device("cuda", 0)) == told
