@@ -17,7 +17,7 @@ from benchmarks.levers import ROOT
 from benchmarks.methods import records
 from benchmarks.methods_page import saved
 from lowres.core.record import Score, from_file
-from lowres.run.suite import smallest_as_good
+from lowres.run.suite import as_good_as_best
 
 ASSET = ROOT / "lowres" / "assets" / "methods" / "found.json"
 SEARCHES = ROOT / "benchmarks" / "records"
@@ -52,7 +52,7 @@ def good_rates() -> dict[str, list[dict[str, Any]]]:
     for (method, _, task, model, optimizer), scored in tried.items():
         # All the same: nothing was learned, and nothing is told.
         if len({s.value for s in scored.values()}) > 1:
-            told = {"rate": smallest_as_good(scored), "tried": sorted(scored), "task": task,
+            told = {"rate": as_good_as_best(scored), "tried": sorted(scored), "task": task,
                     "model": model, "optimizer": optimizer}  # fmt: skip
             out[method].append(told)
     return out

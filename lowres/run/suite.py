@@ -49,8 +49,9 @@ class Search:
         then_times: On tasks after the first, in place of all that: factors on what the first chose.
         settings: `key=value` changes for the search runs, such as held-out rows to score on.
         split, metric: What decides. Without a metric the task's main one. Of the values whose score
-            is within one standard error of the best, the smallest is taken: the final runs are
-            longer, and at the largest rate that one run survived another seed may fail.
+            is within one standard error of the best, what the first task chose is taken, else the
+            smallest: the final runs are longer, and at the largest rate that one run survived
+            another seed may fail.
     """
 
     key: str
@@ -153,7 +154,9 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
                 search, tried = suite.search, home / "search"
                 try:
                     values = _values(search, name, load_recipe(recipe, settings), first.get(name))
-                    best = _searched(search, name, recipe, settings, values, tried, scratch, say)
+                    best = _searched(
+                        search, name, recipe, settings, values, tried, scratch, say, first.get(name)
+                    )
                     first.setdefault(name, best)
                     chosen[group, name] = [*settings, f"{search.key}={best!r}"]
                 except RunFailed as error:
@@ -217,7 +220,7 @@ def _values(search: Search, name: str, plain: Recipe, before: float | None) -> l
 
 def _searched(
     search: Search, name: str, recipe: str, settings: Sequence[str], values: Sequence[float],
-    home: Path, scratch: Path, say: Callable[[str], None],
+    home: Path, scratch: Path, say: Callable[[str], None], before: float | None = None,
 ) -> float:  # fmt: skip
     """The value that all runs of the method take."""
     metric = search.metric or load_recipe(recipe, settings).task.metric
@@ -235,16 +238,19 @@ def _searched(
                 found[value] = score
     if not found:
         raise RunFailed(f"no run of '{name}' scored {metric} on {search.split}")
-    best = smallest_as_good(found)
+    best = as_good_as_best(found, before)
     table = ", ".join(f"{v:g}: {s.value:.3f} +- {s.stderr:.3f}" for v, s in found.items())
     say(f"{name}: {search.key} {best:g} ({search.split} {metric} by value: {table})")
     return best
 
 
-def smallest_as_good(scores: Mapping[float, Score]) -> float:
-    """The smallest value that scores as the best one does, but for one standard error."""
+def as_good_as_best(scores: Mapping[float, Score], before: float | None = None) -> float:
+    """The smallest value that scores as the best one does, but for one standard error; if it is one
+    of them, what was chosen `before`.
+    """
     top = max(scores.values(), key=lambda score: score.value)
-    return min(value for value, s in scores.items() if s.value >= top.value - top.stderr)
+    good = [value for value, s in scores.items() if s.value >= top.value - top.stderr]
+    return before if before in good else min(good)
 
 
 def _one(

@@ -95,6 +95,18 @@ def test_of_what_scores_alike_the_smallest_is_taken(
     assert found == taken
 
 
+@pytest.mark.parametrize(
+    ("scores", "taken"),
+    [({1.0: 0.70, 4.0: 0.69}, 4.0), ({1.0: 0.75, 4.0: 0.69}, 1.0), ({1.0: 0.70, 2.0: 0.7}, 1.0)],
+)
+def test_what_was_chosen_before_is_kept_unless_another_is_better(
+    scores: dict[float, float], taken: float
+) -> None:
+    """Closed form: by more than one standard error, .05."""
+    told = {v: Score("held_out", "accuracy", s, 0.05, 50, None, 1) for v, s in scores.items()}
+    assert suite_module.as_good_as_best(told, before=4.0) == taken
+
+
 def test_later_tasks_search_around_what_the_first_chose(
     ran: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
