@@ -57,7 +57,7 @@ def unite(wanted: Sequence[LeverCase], records: Path, skipped: Mapping[str, str]
         aside = own.with_suffix(".partial")
         aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         aside.replace(own)
-    for name in plain_of.values():
+    for name in plain_of:
         (records / f"{name}.json").unlink(missing_ok=True)
 
 
