@@ -142,15 +142,19 @@ def test_the_search_ends_at_the_last_length_that_fits() -> None:
     assert search(lambda length: False, 64, 512, 32) is None
 
 
+def small_part(folder: Path, minutes: float = 1) -> part.Part:
+    return part.Part(
+        tiny=True, records=folder / "records", configs=folder / "configs", scratch=folder,
+        minutes=minutes, workers=1,
+    )  # fmt: skip
+
+
 def test_a_recipe_that_fails_is_recorded_with_what_it_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Behaviour: tried once. Its process knows no recipe of that name."""
     tiny.write_configs(tmp_path / "configs")
-    one = part.Part(
-        tiny=True, records=tmp_path / "records", configs=tmp_path / "configs", scratch=tmp_path,
-        minutes=1, workers=1,
-    )  # fmt: skip
+    one = small_part(tmp_path)
     case = dataclasses.replace(tiny.cases()[0], name="unknown")
     one.run([case])
     assert capsys.readouterr().out.count("unknown: died: ") == 1
@@ -167,10 +171,7 @@ def test_a_recipe_that_is_killed_twice_is_recorded_as_failed(
 ) -> None:
     """Behaviour: tried again once, as where memory of the host ran out meanwhile."""
     tiny.write_configs(tmp_path / "configs")
-    one = part.Part(
-        tiny=True, records=tmp_path / "records", configs=tmp_path / "configs", scratch=tmp_path,
-        minutes=1, workers=1,
-    )  # fmt: skip
+    one = small_part(tmp_path)
     killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **kept: start(killed, **kept))
@@ -184,10 +185,7 @@ def test_where_nothing_can_be_run_the_exit_code_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Behaviour: without configurations every recipe is skipped, and the first reason is told."""
-    one = part.Part(
-        tiny=True, records=tmp_path / "records", configs=tmp_path / "none", scratch=tmp_path,
-        minutes=1, workers=1,
-    )  # fmt: skip
+    one = small_part(tmp_path)
     one.run(tiny.cases())
     assert one.say() == 1
     assert "there is no" in capsys.readouterr().err
@@ -196,10 +194,7 @@ def test_where_nothing_can_be_run_the_exit_code_says_so(
 def test_no_recipe_starts_that_would_end_too_late(tmp_path: Path) -> None:
     """Behaviour: it is named as left."""
     tiny.write_configs(tmp_path / "configs")
-    one = part.Part(
-        tiny=True, records=tmp_path / "records", configs=tmp_path / "configs", scratch=tmp_path,
-        minutes=0.05, workers=1,
-    )  # fmt: skip
+    one = small_part(tmp_path, minutes=0.05)
     one.run(tiny.cases())
     assert one.left == [case.name for case in tiny.cases()] and one.done == 0
     assert not list((tmp_path / "records").iterdir())
