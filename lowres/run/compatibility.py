@@ -164,10 +164,7 @@ def _result(ours: Any, code: int | None, seconds: float) -> Cell:
 
 
 def _cell(one: Combination, folder: Path, told: Any) -> None:
-    import torch
-
     os.setsid()
-    torch.set_num_threads(1)
     os.chdir(folder)
     started = time.monotonic()
     for number, model in enumerate(MODELS):
@@ -186,7 +183,14 @@ def _apart(one: Combination, model: str, folder: Path) -> tuple[Cell, bool]:
     be the second one's too."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: theirs.send(_tried(one, model, folder)))
+
+    def work() -> None:
+        from lowres.run.compatibility_cell import one_thread
+
+        one_thread()
+        theirs.send(_tried(one, model, folder))
+
+    process = context.Process(target=work)
     process.start()
     theirs.close()
     with contextlib.suppress(EOFError):

@@ -37,6 +37,16 @@ def biased(folder: Path) -> Path:
         return tiny.write_opt(folder, BIASED_LIKE)
 
 
+def one_thread() -> None:
+    """What a forked process begins with.
+
+    torch throws away the pool of threads of before the fork when their number is set next, and
+    takes no lock: where threads that load weights are the first to do so, one of them may find no
+    pool ("Invalid thread pool!", ParallelOpenMP.cpp).
+    """
+    torch.set_num_threads(1)
+
+
 def try_out(recipe: Recipe, folder: Path) -> None:
     """Two updates and a save; what was saved loaded and merged; the second update again from the
     checkpoint of the first.
@@ -139,6 +149,7 @@ def _later(work: Callable[[], None]) -> Callable[[], None]:
         with contextlib.suppress(EOFError):
             theirs.recv()
             try:
+                one_thread()
                 work()
                 theirs.send("")
             except Exception as error:

@@ -76,6 +76,30 @@ def test_a_process_that_dies_is_a_result(tmp_path: Path, monkeypatch: pytest.Mon
     assert not elsewhere
 
 
+def test_a_forked_process_begins_with_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: before its work, which loads weights in several threads at once: those would find
+    no pool of torch's now and then."""
+    import torch
+
+    from lowres.run import compatibility_cell
+
+    said: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    tell = lambda *_: (Cell("works", str(said), "any", 0.0), False)
+    monkeypatch.setattr(compatibility, "_tried", tell)
+    cell, _ = compatibility._apart(Combination("lora"), "any", tmp_path)
+    assert cell.reason == "[1]"
+
+    def work() -> None:
+        raise LowresError(str(said))
+
+    with pytest.raises(LowresError, match=r"\[1\]"):
+        compatibility_cell._later(work)()
+    assert not said  # here
+
+
 def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
     """Behaviour: one bit is enough."""
     import torch
