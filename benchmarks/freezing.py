@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from typing import Any
 
+from benchmarks import page
 from benchmarks.levers import ROOT, UPDATES, measured, of_updates, recipe
 from lowres.core.reading import load_recipe
 from lowres.core.units import format_bytes
@@ -79,9 +79,7 @@ def table(record: dict[str, Any]) -> str:
 
 def filled(text: str, record: dict[str, Any]) -> str:
     """The page with the table between its marks."""
-    begin, end = "<!-- generated: freezing -->\n", "\n<!-- end -->"
-    pattern = re.escape(begin) + r".*?" + re.escape(end)
-    return re.sub(pattern, lambda _: begin + table(record) + end, text, flags=re.DOTALL)
+    return page.put(text, "freezing", table(record))
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import re
 import socket
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 import yaml
 
 import lowres
+from benchmarks import page
 from lowres.core import registry
 from lowres.core.compatibility import Table
 from lowres.core.plan import MemoryPlan, PlanPhase
@@ -239,10 +239,7 @@ def table(record: dict[str, Any]) -> str:
 def write_page(record: dict[str, Any]) -> None:
     """Put the table between the marks of docs/levers.md."""
     text = PAGE.read_text(encoding="utf-8")
-    begin, end = "<!-- generated: levers -->\n", "\n<!-- end -->"
-    pattern = re.escape(begin) + r".*?" + re.escape(end)
-    made = re.sub(pattern, lambda _: begin + table(record) + end, text, flags=re.DOTALL)
-    PAGE.write_text(made, encoding="utf-8")
+    PAGE.write_text(page.put(text, "levers", table(record)), encoding="utf-8")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from benchmarks import page
 from benchmarks.methods import FULL, SHAPE
 from lowres.core import registry
 from lowres.core.units import format_bytes
@@ -107,8 +108,5 @@ def filled(text: str, records: dict[str, dict[str, Any]]) -> str:
     """The page with the tables between their marks."""
     tables = {"methods": taxonomy_table(records), "methods' memory": memory_table(records)}
     for name, table in tables.items():
-        begin, end = f"<!-- generated: {name} -->\n", "\n<!-- end -->"
-        pattern = re.escape(begin) + r".*?" + re.escape(end)
-        whole = begin + table + end
-        text = re.sub(pattern, lambda _, whole=whole: whole, text, flags=re.DOTALL)
+        text = page.put(text, name, table)
     return text

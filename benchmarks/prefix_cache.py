@@ -5,7 +5,7 @@
 Both are sessions of one process and take turns, an update each, on the same rows: what else the
 machine does slows both. Ratios are those of the medians over the epochs after the first, which
 makes the file: of wall-clock time, and of the process's time on the processor. Writes
-`benchmarks/records/prefix_cache.json`.
+`benchmarks/records/prefix_cache.json` and the table in docs/frozen_prefix_cache.md.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 
+from benchmarks import page
 from benchmarks.peers.trainer import Lowres
 from lowres.core.reading import load_recipe
 from lowres.run import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "records" / "prefix_cache.json"
+PAGE = ROOT / "docs" / "frozen_prefix_cache.md"
 FROZEN = 4
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -95,6 +97,33 @@ def ratio_of(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return {"ratio": medians["without"] / medians["with"], "pairs": pairs, "medians": medians}
 
 
+def table(record: dict[str, Any]) -> str:
+    """The Markdown table, in the order of the cases."""
+    rows = [
+        "| method | epoch without | epoch with | times faster (each pair) | in wall-clock time "
+        "| largest difference of a loss |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for case in CASES:
+        row = record["cases"][case]
+        medians = row["processor"]["medians"]
+        faster = [
+            f"{row[clock]['ratio']:.2f} ({min(row[clock]['pairs']):.2f} to "
+            f"{max(row[clock]['pairs']):.2f})"
+            for clock in ("processor", "wall")
+        ]
+        rows.append(
+            f"| {case} | {medians['without']:.1f} s | {medians['with']:.1f} s "
+            f"| {' | '.join(faster)} | {row['largest_relative_difference_of_a_loss']:.1e} |"
+        )
+    return "\n".join(rows)
+
+
+def filled(text: str, record: dict[str, Any]) -> str:
+    """The page with the table between its marks."""
+    return page.put(text, "frozen_prefix_cache", table(record))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", choices=["", *CASES])
@@ -121,6 +150,8 @@ def main() -> None:
             row["largest_relative_difference_of_a_loss"],
         )
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if record["cases"].keys() >= CASES.keys():
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ python -m benchmarks.planner.tables
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import page
 from lowres.core.record import from_file
 from lowres.core.units import GIB, format_bytes, gib_to_bytes
 from lowres.memory import device as devices
@@ -167,12 +167,7 @@ PARTS = {
 def filled(text: str) -> str:
     """The page with every generated part made anew."""
     for name, make in PARTS.items():
-        pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)"
-        body = make() + "\n"
-        text, count = re.subn(
-            pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL
-        )
-        assert count == 1, name
+        text = page.put(text, name, make())
     return text
 
 

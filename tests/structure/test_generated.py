@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import freezing, methods, methods_page
+from benchmarks import freezing, methods, methods_page, page, prefix_cache
 from benchmarks.planner.tables import PAGE, filled
 from lowres.core import registry
 from lowres.core.method import Method
@@ -27,6 +27,22 @@ def test_the_page_on_freezing_is_made_from_its_record() -> None:
     text = freezing.PAGE.read_text(encoding="utf-8")
     record = json.loads(freezing.RECORD.read_text(encoding="utf-8"))
     assert freezing.filled(text, record) == text
+
+
+def test_the_page_on_the_prefix_cache_is_made_from_its_record() -> None:
+    """Reference: `python -m benchmarks.prefix_cache` wrote both."""
+    text = prefix_cache.PAGE.read_text(encoding="utf-8")
+    record = json.loads(prefix_cache.RECORD.read_text(encoding="utf-8"))
+    assert prefix_cache.filled(text, record) == text
+
+
+def test_a_part_without_its_place_is_told() -> None:
+    """Behaviour: a page that lost its marks, or has them twice, is not left as it is in silence."""
+    place = "<!-- generated: part -->\nold\n<!-- end -->"
+    assert page.put(f"a\n{place}\nb", "part", "new") == f"a\n{place.replace('old', 'new')}\nb"
+    for text, count in (("a", 0), (place * 2, 2)):
+        with pytest.raises(ValueError, match=f"{count} places for 'part'"):
+            page.put(text, "part", "new")
 
 
 def test_the_page_on_methods_is_made_from_its_records() -> None:
