@@ -148,7 +148,7 @@ def norms(model: nn.Module, blocks: Blocks) -> list[str]:
         if "norm" in type(module).__name__.lower()
         and any(True for _ in module.parameters(recurse=False))
         and blocks.trains(f"{path}.weight")
-        and path not in blocks.head
+        and not blocks.in_head(path)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Where the parameters of a model live: stem, blocks, top, and the head that was made anew."""
+"""Where the parameters of a model live: stem, blocks, top, and a classification head."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Blocks:
             encoder-decoder lists its encoder blocks first).
         trained: Those of `names` in which a method may train.
         stem: Module paths below the first block (embeddings).
-        head: Module paths that were made anew for this task and hold no pretrained weight. Every
-            method trains them: a frozen random head cannot be fine-tuned around.
+        head: Module paths of a classification head, whole. Every method trains them: a frozen
+            random head cannot be fine-tuned around, and PEFT trains any.
         train_stem: Whether the embeddings may be trained.
         train_top: Whether what lies neither in a block nor below may be: final norm, output layer.
         scores: Of every block, where they were what the choice was made by.
@@ -38,14 +38,17 @@ class Blocks:
         """The same map with another choice of trained blocks."""
         return replace(self, trained=frozenset(trained), train_stem=train_stem, train_top=train_top)
 
+    def in_head(self, path: str) -> bool:
+        return _below(path, self.head)
+
     def trains(self, parameter: str) -> bool:
         """Whether a parameter, named by its path, lies where training is allowed."""
-
-        def below(modules: Iterable[str]) -> bool:
-            return any(parameter == m or parameter.startswith(m + ".") for m in modules)
-
-        if below(self.head):
+        if self.in_head(parameter):
             return True
-        if below(self.names):
-            return not below(self.frozen)
-        return self.train_stem if below(self.stem) else self.train_top
+        if _below(parameter, self.names):
+            return not _below(parameter, self.frozen)
+        return self.train_stem if _below(parameter, self.stem) else self.train_top
+
+
+def _below(path: str, modules: Iterable[str]) -> bool:
+    return any(path == m or path.startswith(m + ".") for m in modules)

@@ -43,7 +43,7 @@ class Bitfit(Adapter):
             for path, module in model.named_modules()
             if "bias" in dict(module.named_parameters(recurse=False))
             and blocks.trains(f"{path}.bias")
-            and path not in blocks.head
+            and not blocks.in_head(path)
             # A bias of a module with children is a child's bias, tied (BERT's prediction head).
             and not any(module.children())
         ]

@@ -30,7 +30,7 @@ def remarks(
         yield "plan", unplanned, ()
     blocks = built.learner.blocks
     if blocks.head:
-        yield "head", "made anew, to be trained: ", blocks.head
+        yield "head", "trained whole, made anew where the checkpoint has none: ", blocks.head
     freezing = recipe.freezing
     if blocks.scores:
         trained = ", ".join(name for name in blocks.names if name in blocks.trained)
