@@ -12,8 +12,9 @@ that follows them. Text models as well as vision transformers; a linear head.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lowres.core.errors import InputError, Problem
 from lowres.core.method import Taxonomy
@@ -32,6 +33,7 @@ Scaled = Literal["query", "key", "value", "map"]
 _MATRICES = ("query", "key", "value")
 _QUERIES_FIRST = ("c_attn", "qkv_proj", "Wqkv")
 """Fused projections whose first rows are all heads' queries."""
+_NORM_OF_QUERIES = re.compile(r"(q|qk|query)_?(layer_?)?norm")
 
 
 @part
@@ -122,10 +124,8 @@ def _heads(model: nn.Module, attention: Attention) -> tuple[int, int]:
         raise _no_map(f"how many heads '{attention.inner}' has is not known")
     if hasattr(inner, "pos_query_proj"):  # DeBERTa
         raise _no_map("the queries of relative positions have a layer of their own")
-    norm: Any = getattr(inner, "q_norm", None)
-    weight = getattr(norm, "weight", None)
-    if weight is not None and weight.numel() == made // heads:
-        raise _no_map("the queries of each head are normalised, which takes its factor away again")
+    if any(_NORM_OF_QUERIES.fullmatch(name) for name, _ in inner.named_children()):
+        raise _no_map("queries are normalised, which takes a head's factor away again")
     return heads, made // heads
 
 

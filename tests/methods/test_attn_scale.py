@@ -183,6 +183,32 @@ def test_what_has_no_place_is_refused(family: str, fields: Any, why: str) -> Non
         adapted(family, **fields)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("Phi", {"qk_layernorm": True}),
+        ("StableLm", {"qk_layernorm": True}),
+        ("HunYuanDenseV1", {"head_dim": WIDTH // HEADS}),
+        ("Cohere", {"use_qk_norm": True}),
+        ("Lfm2", {"full_attn_idxs": [0]}),
+        ("NanoChat", {}),
+        ("Olmo2", {}),
+    ],
+)
+def test_a_factor_that_a_norm_of_queries_takes_away_is_refused(name: str, fields: Any) -> None:
+    """Behaviour: by whatever name the norm has, with one weight for all heads, for each, or none.
+    Their logits moved by 1e-6 and less with every head's factor doubled."""
+    import transformers as tf
+
+    config = getattr(tf, f"{name}Config")(
+        vocab_size=32, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, intermediate_size=16, pad_token_id=0, **fields,
+    )  # fmt: skip
+    model = getattr(tf, f"{name}ForCausalLM")(config)
+    with pytest.raises(InputError, match="normalised"):
+        METHOD(scales=("map",)).apply(model, map_blocks(model, [], True, False))
+
+
 def test_a_model_with_normalised_queries_takes_the_rest() -> None:
     """Behaviour: what the refusal of `map` proposes works."""
     model = adapted("qwen3", scales=("query", "key", "value"))
