@@ -89,8 +89,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         while self.merged_adapters:
-            for delta in reversed(self.deltas(self.merged_adapters.pop())):
+            for delta in reversed(self.deltas(self.merged_adapters[-1])):
                 delta.fold(self.get_base_layer(), -1)
+            self.merged_adapters.pop()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
@@ -225,8 +226,13 @@ class DeltaTuner(BaseTuner):
                         f"the adapter is not merged: the weights at {path} are quantised; load it "
                         "on the base in 16 bits or more and merge there"
                     )
-                for delta in deltas:
+                for place, delta in enumerate(deltas):
                     why = delta.unfoldable(module.get_base_layer())
+                    if delta.keeps_bias and any(other.moves_bias for other in deltas[:place]):
+                        why = (
+                            "one adapter moves the bias and another, around it, scales all but "
+                            "the bias of the base; set them in the other order, or merge one alone"
+                        )
                     if why is not None:
                         raise LowresError(f"the adapter is not merged: at {path}, {why}")
 

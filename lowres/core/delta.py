@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lowres.core.errors import LowresError
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -37,6 +39,11 @@ class Delta(nn.Module):
     them takes its input to their type and gives the result in the output's (`cast`).
     """
 
+    moves_bias: ClassVar[bool] = False
+    """Whether what it adds is merged into the module's bias."""
+    keeps_bias: ClassVar[bool] = False
+    """Whether it changes the module's output but for the bias that the base has, which it takes to
+    be the whole of it."""
     shared: ClassVar[tuple[str, ...]] = ()
     """Parameters and modules of it that deltas in other blocks use, too: they belong to no block,
     and train whichever block's turn it is."""
@@ -82,6 +89,20 @@ class Delta(nn.Module):
     def borrow(self, name: str, other: Delta) -> None:
         """Keep another delta as the attribute `name` without owning its parameters."""
         object.__setattr__(self, name, other)
+
+
+def undoing(scale: torch.Tensor) -> torch.Tensor:
+    """The factors that take these away again.
+
+    Raises:
+        LowresError: Where one is 0.
+    """
+    if not scale.all():
+        raise LowresError(
+            "the adapter cannot be unmerged: it multiplies weights by exactly 0, which nothing "
+            "gives back; load the base model again"
+        )
+    return 1 / scale
 
 
 class Tap(Delta):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from lowres.core.delta import Delta
 
 class BiasDelta(Delta):
     """`y + d` with d (o,) from zero; the backward pass keeps nothing for it."""
+
+    moves_bias: ClassVar[bool] = True
 
     def __init__(
         self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()

@@ -6,12 +6,12 @@ Legend: I inputs, O outputs, M factors, N blocks of b features, E entries of hal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from lowres.core.delta import Delta, cast, features, place
+from lowres.core.delta import Delta, cast, features, place, undoing
 
 
 class ButterflyDelta(Delta):
@@ -22,6 +22,8 @@ class ButterflyDelta(Delta):
 
     Settings: `block_size` (b), `factors` (M).
     """
+
+    keeps_bias: ClassVar[bool] = True
 
     def __init__(
         self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
@@ -70,13 +72,14 @@ class ButterflyDelta(Delta):
     def _orthogonal(self) -> torch.Tensor:
         """Cayley transforms (1 - S) (1 + S)^-1 of skew-symmetric S, (M, N, b, b)."""
         b = self._b
-        rows, columns = torch.triu_indices(b, b, 1, device=self.skew.device)
-        upper = self.skew.new_zeros(*self.skew.shape[:2], b, b)
-        upper[:, :, rows, columns] = self.skew
+        # Nothing is solved in 16 bits.
+        entries = self.skew.to(torch.promote_types(self.skew.dtype, torch.float32))
+        rows, columns = torch.triu_indices(b, b, 1, device=entries.device)
+        upper = entries.new_zeros(*entries.shape[:2], b, b)
+        upper[:, :, rows, columns] = entries
         skew = upper - upper.mT
         one = torch.eye(b, device=skew.device, dtype=skew.dtype)
-        solved: torch.Tensor = torch.linalg.solve(one + skew, one - skew, left=False)
-        return solved
+        return cast(torch.linalg.solve(one + skew, one - skew, left=False), self.skew)
 
     @torch.no_grad()
     def fold(self, base: nn.Module, sign: int) -> None:
@@ -87,5 +90,5 @@ class ButterflyDelta(Delta):
         if sign > 0:
             changed_OI = self.rotate(rows_OI, back=True) * self.scale[:, None]
         else:
-            changed_OI = self.rotate(rows_OI / self.scale[:, None])
+            changed_OI = self.rotate(rows_OI * undoing(self.scale)[:, None])
         weight.copy_(changed_OI if is_linear else changed_OI.T)

@@ -4,12 +4,12 @@ H heads, q rows of the queries."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from lowres.core.delta import Delta, features, place
+from lowres.core.delta import Delta, features, place, undoing
 
 
 class Scale(Delta):
@@ -21,6 +21,8 @@ class Scale(Delta):
     Settings: `rows`: whether there is an r; `heads`: H, 0 for no h; `head_rows`: features of a
     head. The queries come first where y holds more.
     """
+
+    moves_bias: ClassVar[bool] = True
 
     def __init__(
         self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
@@ -48,7 +50,7 @@ class Scale(Delta):
 
     def fold(self, base: nn.Module, sign: int) -> None:
         factor_o = 1 + self._less_one().data
-        factor_o = factor_o if sign > 0 else 1 / factor_o
+        factor_o = factor_o if sign > 0 else undoing(factor_o)
         weight: Any = base.weight
         _multiply(weight.data, factor_o[:, None] if hasattr(base, "in_features") else factor_o)
         bias: Any = base.bias
@@ -58,6 +60,8 @@ class Scale(Delta):
 
 class Offset(Delta):
     """`y + d`, d (o,) from zero; backward keeps nothing for it."""
+
+    moves_bias: ClassVar[bool] = True
 
     def __init__(
         self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()

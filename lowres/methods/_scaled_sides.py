@@ -4,12 +4,12 @@ features."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from lowres.core.delta import Delta, features, place
+from lowres.core.delta import Delta, features, place, undoing
 from lowres.core.errors import LowresError
 
 
@@ -35,6 +35,8 @@ class ScaledInput(Delta):
 
 class ScaledSides(ScaledInput):
     """`(1 + t) (W ((1 + s) x)) + b` with s (I,) and t (O,) from zero."""
+
+    keeps_bias: ClassVar[bool] = True
 
     def __init__(
         self, base: nn.Module, settings: Mapping[str, Any], before: Sequence[Delta] = ()
@@ -103,4 +105,4 @@ def _weight_of(base: Any) -> torch.Tensor:
 def _scale(weight_OI: torch.Tensor, scale: torch.Tensor, sign: int) -> None:
     wide = torch.promote_types(weight_OI.dtype, scale.dtype)
     scale = scale.to(weight_OI.device, wide)
-    weight_OI.copy_(weight_OI.to(wide) * (scale if sign > 0 else 1 / scale))
+    weight_OI.copy_(weight_OI.to(wide) * (scale if sign > 0 else undoing(scale)))
