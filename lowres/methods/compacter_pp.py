@@ -4,7 +4,8 @@ Paper: Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, Mahabadi et al
 https://arxiv.org/abs/2106.04647
 
 Departs from the paper: the left factors of the up-projection start at zero, so that the first
-outputs are exactly the model's; norms stay frozen.
+outputs are exactly the model's; shared factors start wider than in the authors' code; norms stay
+frozen.
 """
 
 from __future__ import annotations

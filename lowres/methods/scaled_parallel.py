@@ -4,7 +4,8 @@ Paper: Towards a Unified View of Parameter-Efficient Transfer Learning, He et al
 https://arxiv.org/abs/2110.04366
 
 Departs from the paper: the scalar is trained, from 1, as in Scaling Down to Scale Up
-(https://arxiv.org/abs/2303.15647); the paper fixes it at 4 (see `parallel`).
+(https://arxiv.org/abs/2303.15647); the paper fixes it at 4 (see `parallel`);
+norms stay frozen.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 def decays(parameter: nn.Parameter) -> bool:
     """Matrices do; biases and scales do not, those neither that are held as one row or column:
-    scales of (IA)^3 have 1, and not 0, as the value that changes nothing."""
+    scales of (IA)^3 have 1, and not 0, as the value that changes nothing. Single entries of a
+    matrix that a method keeps as a list do not."""
     return sum(size > 1 for size in parameter.shape) > 1
 
 

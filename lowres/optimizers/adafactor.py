@@ -33,7 +33,7 @@ class Adafactor(Optimizer):
         decay_rate: The average of squared gradients forgets with 1 - t ** decay_rate.
         beta1: Of first moments, as large as the parameter; None for none.
         scale_parameter: Multiply steps by the root mean square of the parameter.
-        weight_decay: Of matrices; biases and norm weights are not decayed.
+        weight_decay: Of matrices; biases, norm weights and entries kept as a list are not decayed.
     """
 
     refuses: ClassVar[Mapping[Literal["in_backward", "on_host", "divided"], str]] = {

@@ -31,7 +31,7 @@ class Lomo(Optimizer):
 
     Args:
         lr: Peak learning rate; the schedule scales it. Larger than AdamW's: steps are gradients.
-        weight_decay: Of matrices; biases and norm weights are not decayed.
+        weight_decay: Of matrices; biases, norm weights and entries kept as a list are not decayed.
     """
 
     brings: ClassVar[frozenset[Circumstance]] = frozenset({"in_backward"})

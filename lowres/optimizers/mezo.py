@@ -39,7 +39,7 @@ class Mezo(Optimizer):
     Args:
         lr: Peak learning rate; the schedule scales it. The paper: 1e-7 to 1e-6 for full tuning.
         eps: Size of the perturbation.
-        weight_decay: Of matrices; biases and norm weights are not decayed.
+        weight_decay: Of matrices; biases, norm weights and entries kept as a list are not decayed.
     """
 
     brings: ClassVar[frozenset[Circumstance]] = frozenset({"without_gradients"})
