@@ -83,7 +83,8 @@ def linear_targets(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
     Raises:
         InputError: When nothing in the trained blocks has such a name, listing what is there.
     """
-    linear = [name for name in _linears(model) if _inside(name, blocks.names)]
+    read = sites.read_by_kernels(model)
+    linear = [n for n in _linears(model) if _inside(n, blocks.names) and n not in read]
     last = {name: name.rpartition(".")[2] for name in linear}
     if wanted == ALL_LINEAR:
         _stop_at_experts(model, blocks, sorted(set(last.values())))
@@ -95,15 +96,13 @@ def linear_targets(model: nn.Module, blocks: Blocks, wanted: str) -> list[str]:
         for name in names:
             if not any(n == name or n.endswith("." + name) for n in linear):
                 there = ", ".join(sorted(set(last.values())))
-                raise InputError(
-                    "the recipe",
-                    [
-                        Problem(
-                            "method.targets",
-                            f"no linear layer is named '{name}'; there are {there}",
-                        )
-                    ],
-                )
+                why = f"no linear layer is named '{name}'; there are {there}"
+                if any(n == name or n.endswith("." + name) for n in read):
+                    why = (
+                        f"the weight of '{name}' is read by a kernel, and what stands beside the "
+                        f"layer would have no effect; there are {there}"
+                    )
+                raise InputError("the recipe", [Problem("method.targets", why)])
     chosen = [n for n in chosen if _inside(n, blocks.trained)]
     if not chosen:
         raise InputError(

@@ -26,6 +26,7 @@ _OUT = {"o_proj", "out_proj", "o", "out_lin", "dense", "c_proj", "Wo"}
 _UP = {"fc1", "gate_proj", "up_proj", "wi", "wi_0", "wi_1", "c_fc", "dense_h_to_4h", "lin1",
        "gate_up_proj", "Wi", "dense"}  # fmt: skip
 _DOWN = {"fc2", "down_proj", "wo", "c_proj", "dense_4h_to_h", "lin2", "Wo", "dense"}
+_IN_KERNEL = {"conv1d", "x_proj", "dt_proj", "out_proj"}
 _ATTENTION = ("attn", "attention")
 _CROSS = ("encoder_attn", "EncDecAttention", "crossattention", "cross_attn")
 
@@ -138,6 +139,13 @@ def _embedding_below(model: nn.Module, stack: str) -> tuple[str, Any]:
             paths = [n for n, m in model.named_modules() if m is embedding]
             return paths[0].removesuffix(".base_layer"), embedding
     raise _refused(f"no embedding of token ids is known below {stack}; use lora")
+
+
+def read_by_kernels(model: nn.Module) -> set[str]:
+    """Paths of the modules of Mamba's mixers whose weights their kernels read: they are not called,
+    some on a card alone, so what stands beside them has no effect."""
+    mixers = [p for p, m in model.named_modules() if {"A_log", "D"} <= m._parameters.keys()]
+    return {f"{path}.{name}" for path in mixers for name in _IN_KERNEL}
 
 
 def norms(model: nn.Module, blocks: Blocks) -> list[str]:

@@ -35,15 +35,18 @@ class Bitfit(Adapter):
     mergeable: ClassVar[bool] = True
 
     def pieces(self, model: nn.Module, blocks: Blocks) -> Sequence[Piece]:
+        from lowres.bridges import sites
         from lowres.core.delta import Piece
         from lowres.methods._bias import BiasDelta
 
+        read = sites.read_by_kernels(model)
         biased = [
             path
             for path, module in model.named_modules()
             if "bias" in dict(module.named_parameters(recurse=False))
             and blocks.trains(f"{path}.bias")
             and not blocks.in_head(path)
+            and path not in read
             # A bias of a module with children is a child's bias, tied (BERT's prediction head).
             and not any(module.children())
         ]
