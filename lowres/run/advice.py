@@ -30,6 +30,9 @@ NEAR_ROWS = 10
 TASKS: dict[TaskKind, str] = {"classification": "sst2", "generation": "gsm8k"}
 """Stand-ins whose shapes are planned; their data are not read."""
 
+Setting = tuple[str, float]
+"""All of a recipe but its seed, and the learning rate."""
+
 
 @dataclass
 class Evidence:
@@ -161,7 +164,7 @@ def _of_records(
     records: Iterable[RunRecord], model: str, sort: Kind, rows: int, kind: TaskKind
 ) -> Iterator[dict[str, Evidence]]:
     """For each model, task, split and size that several methods were run on: their places."""
-    groups: dict[tuple[Any, ...], dict[str, dict[str, list[float]]]] = {}
+    groups: dict[tuple[Any, ...], dict[str, dict[Setting, list[float]]]] = {}
     for record in records:
         told = _score_of(record)
         if told is not None:
@@ -171,9 +174,9 @@ def _of_records(
     sorts = {checkpoint: _sort_of(checkpoint) for checkpoint, *_ in groups if checkpoint != model}
     for (checkpoint, task, split, metric, trained, asks, higher), methods in groups.items():
         sign = 1.0 if higher else -1.0
-        means = {m: max((sign * statistics.fmean(v), len(v)) for v in s.values())
+        means = {m: max((sign * statistics.fmean(v), len(v), lr) for (_, lr), v in s.items())
                  for m, s in methods.items()}  # fmt: skip
-        low, high = min(m for m, _ in means.values()), max(m for m, _ in means.values())
+        low, high = min(m for m, *_ in means.values()), max(m for m, *_ in means.values())
         if high == low:
             continue  # One method alone, or all the same: no order.
         same = checkpoint == model
@@ -184,19 +187,19 @@ def _of_records(
         if theirs is not None and _reads(theirs) != _reads(sort):
             weight = DISTANT
         apart = ["" if near else "of other tasks or sizes", _otherwise(theirs, sort)]
-        setting = f"{task}, {trained} rows, {metric} on {split}"
+        measured = f"{task}, {trained} rows, {metric} on {split}"
         yield {
             m: Evidence(
-                f"records of {'this model' if same else checkpoint}", None, setting,
-                f"{sign * mean:.3g}, mean of {n} run(s) at its best setting, between "
-                f"{sign * low:.3g} and {sign * high:.3g}",
+                f"records of {'this model' if same else checkpoint}", None, measured,
+                f"{sign * mean:.3g}, mean of {n} run(s) at its best setting (optimizer.lr {lr:g}), "
+                f"between {sign * low:.3g} and {sign * high:.3g}",
                 place(mean, low, high), weight, ", ".join(filter(None, apart)),
             )
-            for m, (mean, n) in means.items()
+            for m, (mean, n, lr) in means.items()
         }  # fmt: skip
 
 
-def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], str, float] | None:
+def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], Setting, float] | None:
     """What group a record belongs to, its settings but for the seed, and its score."""
     recipe = record.recipe
     trained = next((d.rows for d in record.data if d.split == "train"), 0)
@@ -214,7 +217,7 @@ def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], str, float] | None:
            cls.higher_is_better)  # fmt: skip
     setting = {k: v for k, v in recipe.items() if k not in ("loop", "budget", "schema")}
     loop = {k: v for k, v in recipe["loop"].items() if k != "seed"}
-    return key, repr((setting, loop)), score.value
+    return key, (repr((setting, loop)), float(recipe["optimizer"]["lr"])), score.value
 
 
 def _unknown(one: Advice, model: str, sort: Kind, rows: int, kind: TaskKind) -> Iterator[str]:

@@ -105,6 +105,8 @@ def test_records_of_the_model_come_before_papers() -> None:
     first = found["full"].evidence[0]
     assert first.source == "records of this model" and first.place == 1.0
     assert "8551 rows, matthews" in first.setting and "mean of 3 run(s)" in first.says
+    best = {r.recipe["optimizer"]["lr"] for r in cola() if r.recipe["method"]["name"] == "full"}
+    assert any(f"(optimizer.lr {lr:g})" in first.says for lr in best)
     assert not any("no record" in gap for gap in found["full"].unknown)
     # Of another size they speak less, and of another model they are named.
     far = advice.advise(MINILM, 50, 8.0, None, cola())
