@@ -80,26 +80,12 @@ def map_blocks(
                 )
             ],
         )
-    whole = _outermost(model, head)
     if may_have_new_head and type(model).__name__.endswith("ForSequenceClassification"):
-        whole |= {p for p, _ in model.named_modules() if p.endswith(_HEADS) and p not in names}
-        whole = {p for p in whole if not any(p.startswith(other + ".") for other in whole)}
+        whole = {p for p, _ in model.named_modules() if p.endswith(_HEADS) and p not in names}
+        head = whole | {p for p in head if not any(p.startswith(w + ".") for w in whole)}
     return Blocks(
-        names=names, trained=frozenset(names), stem=tuple(sorted(stem)), head=tuple(sorted(whole))
+        names=names, trained=frozenset(names), stem=tuple(sorted(stem)), head=tuple(sorted(head))
     )
-
-
-def _outermost(model: nn.Module, fresh: set[str]) -> set[str]:
-    """The largest modules of which every parameter is one of those modules' own."""
-    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-
-    def lifted(path: str) -> str:
-        above = path.rpartition(".")[0]
-        if above and all(o in fresh for o in owners if o == above or o.startswith(above + ".")):
-            return lifted(above)
-        return path
-
-    return {lifted(path) for path in fresh}
 
 
 def _is_stem(path: str, module: nn.Module) -> bool:

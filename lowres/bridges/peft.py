@@ -211,18 +211,27 @@ def merge(model: Any) -> nn.Module:
             "an adapter is not merged into quantised weights: packing them again would round away "
             "what was learned; lowres.run.merging.merge takes the base in 16 bits or more instead"
         )
+    from lowres.bridges.peft_tuner import DeltaTuner
+
+    if not isinstance(model.base_model, DeltaTuner):  # which does so after its checks
+        unwrap_heads(model)
     merged: nn.Module = model.merge_and_unload()
-    _unwrap_heads(merged)
     return merged
 
 
-def _unwrap_heads(model: nn.Module) -> None:
-    # PEFT 0.21's tuner of norms leaves what was trained beside them in its wrapper.
+def unwrap_heads(model: nn.Module, trained: bool = True) -> None:
+    """Put what was trained beside an adapter, or what was there before, in the wrapper's place.
+
+    PEFT 0.21 leaves the wrapper (norms) or fails at one around several modules (RoBERTa's head).
+    """
     from peft.utils import ModulesToSaveWrapper
 
     for path, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
-            model.set_submodule(path, module.modules_to_save[module.active_adapters[0]])
+            kept: Any = module.original_module
+            if trained:
+                kept = module.modules_to_save[module.active_adapters[0]]
+            model.set_submodule(path, kept)
 
 
 def bare(module: Any) -> Any:

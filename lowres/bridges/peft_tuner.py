@@ -23,6 +23,7 @@ from torch import nn
 
 import lowres.bridges.conv1d  # noqa: F401  (makes its own forms known, too)
 from lowres.bridges.delta_config import DeltaConfig, LowresPeftType
+from lowres.bridges.peft import unwrap_heads
 from lowres.core.delta import Delta
 from lowres.core.errors import LowresError
 
@@ -154,6 +155,7 @@ class DeltaTuner(BaseTuner):
         self._to_merge = adapter_names
         if merge:
             self._check_merge_allowed()
+        unwrap_heads(self.model, trained=merge)
         for owner, name, layer in _wrapped(self.model):
             if merge:
                 layer.merge(safe_merge, adapter_names)

@@ -15,8 +15,8 @@ class Blocks:
             encoder-decoder lists its encoder blocks first).
         trained: Those of `names` in which a method may train.
         stem: Module paths below the first block (embeddings).
-        head: Module paths of a classification head, whole. Every method trains them: a frozen
-            random head cannot be fine-tuned around, and PEFT trains any.
+        head: Module paths of a classification head. Every method trains them: a frozen random head
+            cannot be fine-tuned around, and PEFT trains any.
         train_stem: Whether the embeddings may be trained.
         train_top: Whether what lies neither in a block nor below may be: final norm, output layer.
         scores: Of every block, where they were what the choice was made by.

@@ -75,8 +75,31 @@ def test_a_classifier_s_adapter_loads_again(
     assert torch.equal(theirs.eval()(input_ids=IDS).logits, trained)
 
 
-def test_what_the_checkpoint_holds_of_a_head_is_not_lifted_to_its_parent() -> None:
-    """Behaviour: BART's head has a name that PEFT does not know; its new half alone is the head."""
+@pytest.mark.parametrize("method", ["lora", "ia3", "oft", "attn_scale", "krona"])
+def test_a_head_of_two_modules_is_merged_with_its_adapter(method: str) -> None:
+    """Reference: logits before; and of own methods' unloading without a merge the base's."""
+    make, head = MODELS["roberta"]
+    torch.manual_seed(0)
+    model = make().eval()
+    base = model(input_ids=IDS).logits
+    cls: Any = registry.load("method", method)
+    chosen = cls(**cls.sample_fields)
+    adapted = chosen.apply(model, map_blocks(model, list(head), True, True)).eval()
+    draws = torch.Generator().manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=draws)
+    trained = adapted(input_ids=IDS).logits
+    unloaded = copy.deepcopy(adapted)
+    merged = chosen.merge(adapted)
+    assert not any("modules_to_save" in name for name, _ in merged.named_modules())
+    assert torch.allclose(merged(input_ids=IDS).logits, trained, atol=1e-5)
+    if method in ("attn_scale", "krona"):
+        assert torch.equal(unloaded.unload()(input_ids=IDS).logits, base)
+
+
+def test_a_head_whose_name_peft_does_not_know_is_what_is_new() -> None:
+    """Behaviour: of BART's the new half alone, and nothing where the checkpoint holds all."""
     config = transformers.BartConfig(
         vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
@@ -84,6 +107,6 @@ def test_what_the_checkpoint_holds_of_a_head_is_not_lifted_to_its_parent() -> No
     model = transformers.BartForSequenceClassification(config)
     names = [n for n, _ in model.named_parameters() if n.startswith("classification_head")]
     head = lambda fresh: map_blocks(model, fresh, True, True).head
-    assert head(names) == ("classification_head",)
+    assert head(names) == ("classification_head.dense", "classification_head.out_proj")
     last = [n for n in names if "out_proj" in n]
     assert head(last) == ("classification_head.out_proj",) and head([]) == ()
