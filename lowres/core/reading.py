@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lowres.core import registry
-from lowres.core.errors import InputError, Problem
+from lowres.core.errors import InputError, PartsRefuse, Problem
 from lowres.core.recipe import KEYS, OPTIONAL, SCHEMA, SECTIONS, Loop, Recipe, line_of
 
 
@@ -30,7 +30,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             YAML.
 
     Raises:
-        InputError: With every problem found.
+        InputError: With every problem found; `PartsRefuse` where each part by itself reads well.
     """
     return _reader(source, overrides).recipe()
 
@@ -145,7 +145,7 @@ class _Reader:
         self.stop_at_problems()
         recipe = Recipe(**read, source=self.source, overrides=self.overrides, lines=self.lines)
         self._let_parts_check(recipe)
-        self.stop_at_problems()
+        self.stop_at_problems(PartsRefuse)
         return recipe
 
     def _read(self, key: str, value: Any) -> Any:
@@ -257,6 +257,6 @@ class _Reader:
     def _add(self, where: str, text: str) -> None:
         self.problems.append(Problem(where, text, line_of(self.lines, where)))
 
-    def stop_at_problems(self) -> None:
+    def stop_at_problems(self, kind: type[InputError] = InputError) -> None:
         if self.problems:
-            raise InputError(self.source or "the recipe", self.problems)
+            raise kind(self.source or "the recipe", self.problems)
