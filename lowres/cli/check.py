@@ -24,7 +24,7 @@ def command(
 ) -> None:
     """Check recipes and show every problem of each. Exit 2 when there is one."""
     from lowres.core.compatibility import Table, told
-    from lowres.core.errors import InputError
+    from lowres.core.errors import InputError, PartsRefuse
     from lowres.core.nearest import nearest
     from lowres.core.reading import load_recipe
 
@@ -34,7 +34,9 @@ def command(
             recipe = load_recipe(path, overrides or [])
         except InputError as error:
             typer.echo(f"lowres: {error}", err=True)
-            for change in nearest(path, overrides or [], table):
+            # Another part is no mend of a slip of spelling or type: it would only hide it.
+            refused = isinstance(error, PartsRefuse)
+            for change in nearest(path, overrides or [], table) if refused else ():
                 typer.echo(f"  nearest that works: --set {shlex.quote(change)}", err=True)
             wrong = True
         else:

@@ -49,7 +49,8 @@ def command(
         typer.Option(metavar="DIR", help="Records that tell qualities. Repeatable."),
     ] = None,
     output: Annotated[
-        Optional[Path], typer.Option(metavar="FILE", help="Where the recipe goes; fit.yaml.")
+        Optional[Path],
+        typer.Option(metavar="FILE", help="Where the recipe goes, over an earlier one; fit.yaml."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     html: Annotated[
@@ -65,6 +66,12 @@ def command(
     from lowres.memory import device as devices
     from lowres.run.fit import fit
 
+    place = output or Path("fit.yaml")
+    _stop_if_taken(place)
+    if html is not None:
+        from lowres.report.page import stop_if_no_page
+
+        stop_if_no_page(html)
     if gpu is None and device_gib is None:
         device = devices.present()
         if device is None:
@@ -75,7 +82,6 @@ def command(
         model, task, device, device_gib=device_gib, host_gib=host_gib, minutes=minutes,
         goal=objective.value, evidence=_evidence(records or []),
     )  # fmt: skip
-    place = output or Path("fit.yaml")
     if found.recipe is not None:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(found.recipe, encoding="utf-8")
@@ -94,6 +100,22 @@ def command(
             typer.echo(f"{name}: {path}", err=as_json)
     if found.recipe is None:
         raise typer.Exit(3)
+
+
+def _stop_if_taken(place: Path) -> None:
+    """Refuse a place that cannot be written, or where a file lies that `fit` did not write."""
+    from lowres.core.errors import InputError
+    from lowres.core.paths import stop_if_unwritable
+    from lowres.run.fit import CHOSEN
+
+    stop_if_unwritable(place, makes_folders=True)
+    if not place.is_file():  # new, or a device such as /dev/stdout
+        return
+    with place.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline().rstrip()
+    if not (first.startswith("#") and first.endswith(CHOSEN)):
+        text = "it is there, and not by `lowres fit`; --output FILE names another, or move it away"
+        raise InputError(f"'{place}'", [text])
 
 
 def _evidence(places: list[Path]) -> list[RunRecord]:

@@ -64,6 +64,10 @@ def command(
     from lowres.run.ladder import ladder
     from lowres.run.plan import plan
 
+    if html is not None:
+        from lowres.report.page import stop_if_no_page
+
+        stop_if_no_page(html)
     models, cards, sizes = model or [], gpu or [], device_gib or []
     budgeted = len(cards) == len(sizes) == 1  # so much of that card, and not two cards
     if models and (len(models) > 1 or (len(cards) + len(sizes) > 1 and not budgeted)):

@@ -38,6 +38,10 @@ def command(
     """Show what runs were, took and reached; several are compared. Exit 2 without a record."""
     from lowres.core import record as record_module
 
+    if html is not None:
+        from lowres.report.page import stop_if_no_page
+
+        stop_if_no_page(html)
     # A dict keeps order and drops a record that is named twice.
     files = list(dict.fromkeys(f.resolve() for place in places for f in record_files(place)))
     records = [record_module.from_file(f) for f in files]

@@ -2,6 +2,7 @@
 
 LowresError            1   the run failed
 |-- InputError         2   the recipe, a file or an argument is wrong; carries every problem found
+|   `-- PartsRefuse    2   each part of the recipe reads well, and one refuses another
 |-- DoesNotFit         3   the plan exceeds the budget
 |-- OutOfMemory        1   memory ran out and no smaller micro-batch was left
 |-- Diverged           1   the loss or a gradient is no longer finite
@@ -57,6 +58,10 @@ class InputError(LowresError):
     def __reduce__(self) -> tuple[type[InputError], tuple[str, Sequence[Problem | str]]]:
         # Errors travel between processes; the default would call the constructor with the message.
         return type(self), (self.subject, self.problems)
+
+
+class PartsRefuse(InputError):
+    """Parts that read well one by one do not go together; another part may be the mend."""
 
 
 class DoesNotFit(LowresError):

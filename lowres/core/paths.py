@@ -1,9 +1,11 @@
-"""Where data files are looked for, and where caches lie."""
+"""Where data files are looked for, where caches lie, and where a file can be written."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from lowres.core.errors import InputError
 
 DEFAULT_DATA = "../shared/data"
 """Looked for from the working folder; `LOWRES_DATA` names another one."""
@@ -17,6 +19,31 @@ def cache_folder() -> Path:
     """Where what can be made again is kept: `LOWRES_CACHE`, else in the user's cache folder."""
     users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("LOWRES_CACHE") or Path(users, "lowres")).expanduser()
+
+
+def stop_if_unwritable(path: Path, *, makes_folders: bool = False) -> None:
+    """Look at the place of a file before the work whose result it will hold.
+
+    Args:
+        makes_folders: The writer makes the folders that are missing.
+
+    Raises:
+        InputError: When a file cannot be written there.
+    """
+    folder = path.parent
+    while makes_folders and not folder.exists():
+        folder = folder.parent
+    if path.is_dir():
+        why = "it is a folder; name a file in it"
+    elif not folder.exists():
+        why = f"there is no folder '{folder}'; make it, or name another"
+    elif not folder.is_dir():
+        why = f"'{folder}' is no folder; name another"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        why = "it is not permitted; name another place"
+    else:
+        return
+    raise InputError(f"'{path}'", [f"cannot be written: {why}"])
 
 
 def find(name: str) -> Path | None:

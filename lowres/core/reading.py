@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lowres.core import registry
-from lowres.core.errors import InputError, Problem
+from lowres.core.errors import InputError, PartsRefuse, Problem
 from lowres.core.recipe import KEYS, OPTIONAL, SCHEMA, SECTIONS, Loop, Recipe, line_of
 
 
@@ -30,7 +30,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             YAML.
 
     Raises:
-        InputError: With every problem found.
+        InputError: With every problem found; `PartsRefuse` where each part by itself reads well.
     """
     return _reader(source, overrides).recipe()
 
@@ -111,6 +111,12 @@ def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
             yield from _lines(value, f"{path}.{i}")
 
 
+def _hint(word: str, known: Sequence[str]) -> str:
+    """What a key may have meant; all that there are where none is near."""
+    near = registry.did_you_mean(word, known)
+    return near or (f"; there are {', '.join(known)}" if known else "; it takes none")
+
+
 class _Reader:
     """Turns raw keys into a Recipe while collecting problems."""
 
@@ -132,7 +138,7 @@ class _Reader:
         self.override()
         for key in self.raw:
             if key not in KEYS:
-                self._add(str(key), f"is not a key{registry.did_you_mean(key, KEYS)}")
+                self._add(str(key), f"is not a key{_hint(str(key), KEYS)}")
         read: dict[str, Any] = {}
         for key in KEYS:
             if key in self.raw or key in OPTIONAL:
@@ -145,7 +151,7 @@ class _Reader:
         self.stop_at_problems()
         recipe = Recipe(**read, source=self.source, overrides=self.overrides, lines=self.lines)
         self._let_parts_check(recipe)
-        self.stop_at_problems()
+        self.stop_at_problems(PartsRefuse)
         return recipe
 
     def _read(self, key: str, value: Any) -> Any:
@@ -186,7 +192,7 @@ class _Reader:
                 at = ".".join([where, *(str(x) for x in e["loc"])])
                 leaf = str(e["loc"][-1]) if e["loc"] else ""
                 if e["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                    self._add(at, f"is not a field{registry.did_you_mean(leaf, known)}")
+                    self._add(at, f"is not a field{_hint(leaf, known)}")
                 elif e["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
                     self._add(at, "is missing")
                 else:
@@ -257,6 +263,6 @@ class _Reader:
     def _add(self, where: str, text: str) -> None:
         self.problems.append(Problem(where, text, line_of(self.lines, where)))
 
-    def stop_at_problems(self) -> None:
+    def stop_at_problems(self, kind: type[InputError] = InputError) -> None:
         if self.problems:
-            raise InputError(self.source or "the recipe", self.problems)
+            raise kind(self.source or "the recipe", self.problems)

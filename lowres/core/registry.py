@@ -33,11 +33,16 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def family(word: str) -> str:
-    """The family for a word that may be singular or plural; raises InputError with a suggestion."""
+    """The family for a word that may be singular or plural.
+
+    Raises:
+        InputError: With the nearest family, or else with all.
+    """
     for singular, folder in FAMILIES.items():
         if word in (singular, folder):
             return singular
-    raise InputError("the command", [f"no family is named '{word}'{did_you_mean(word, FAMILIES)}"])
+    hint = did_you_mean(word, FAMILIES) or f"; there are {', '.join(FAMILIES.values())}"
+    raise InputError("the command", [f"no family is named '{word}'{hint}"])
 
 
 def names(family: str) -> list[str]:

@@ -134,7 +134,7 @@ def _store(calibration: Calibration, device: Device) -> None:
         aside.write_bytes(_ADAPTER.dump_json(calibration, indent=1, exclude_none=True) + b"\n")
         os.replace(aside, path)
     except OSError as error:
-        text = f"cannot be written: {error}; set XDG_CACHE_HOME to a folder that can"
+        text = f"cannot be written: {error}; set LOWRES_CACHE to a folder that can"
         raise InputError(str(path), [text]) from error
 
 

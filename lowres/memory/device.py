@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from lowres.core.errors import InputError, Problem
+from lowres.core.paths import cache_folder
 from lowres.core.plan import Card
 from lowres.core.units import GIB, MIB, format_bytes, gib_to_bytes
 from lowres.memory.catalogue import Device, load, names
@@ -201,10 +202,9 @@ def versions() -> dict[str, str]:
 
 
 def calibration_path(device: Device) -> Path:
-    """Of a device, by UUID or else name, in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    """Of a device, by UUID or else name, in the cache folder."""
     key = re.sub(r"[^a-z0-9]+", "-", (device.uuid or device.name).lower())
-    return Path(cache, "lowres", f"calibration-{key}.json").expanduser()
+    return cache_folder() / f"calibration-{key}.json"
 
 
 def stored(device: Device) -> tuple[Device, str]:

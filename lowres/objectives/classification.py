@@ -52,7 +52,7 @@ class Classification(Objective):
         rows = []
         for example in examples:
             texts = (example.text,) if example.pair is None else (example.text, example.pair)
-            whole = encoder.tokenizer(*texts)
+            whole = encoder.tokenizer(*texts, verbose=False)  # cut below: no warning
             kept = encoder.tokenizer(*texts, truncation=True, max_length=encoder.max_length)
             inputs: dict[str, list[int]] = {key: list(c) for key, c in kept.items()}
             if encoder.kind == "encoder_decoder":

@@ -162,7 +162,7 @@ def _fit(example: Example, pattern: str, encoder: Encoder) -> tuple[list[int], i
         filled = pattern
         for key, value in texts.items():
             filled = filled.replace("{" + key + "}", value)
-        ids = list(encoder.tokenizer(filled)["input_ids"])
+        ids = list(encoder.tokenizer(filled, verbose=False)["input_ids"])  # cut below: no warning
         eos = encoder.tokenizer.eos_token_id
         if encoder.kind == "decoder" and len(ids) > 1 and ids[-1] == eos:
             ids.pop()

@@ -92,7 +92,7 @@ def _windows(example: Example, encoder: Encoder) -> list[Row]:
 def _answer(example: Example, encoder: Encoder, purpose: Purpose) -> Row:
     """Prompt, answer, end token; only the answer and the end token are targets."""
     tokenizer, limit = encoder.tokenizer, encoder.max_length
-    prompt = list(tokenizer(example.text)["input_ids"])
+    prompt = list(tokenizer(example.text, verbose=False)["input_ids"])
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     target = encoder.ids(example.answer or "") + end
     if encoder.kind == "encoder_decoder":

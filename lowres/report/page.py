@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lowres.core import paths
 from lowres.core.errors import InputError
 from lowres.core.record import RunRecord
 from lowres.core.units import format_bytes, format_count, format_seconds
@@ -33,11 +34,17 @@ def write_page(records: Sequence[RunRecord], path: Path) -> None:
     write_html(render(records), path)
 
 
-def write_html(text: str, path: Path) -> None:
-    """Write a page under a page's name alone; raises as `write_page`."""
+def stop_if_no_page(path: Path) -> None:
+    """Look at a page's place before it is made; raises as `write_page`."""
     if path.suffix.lower() not in (".html", ".htm"):
         # A slip such as `--html record.json` must not cost the record.
         raise InputError(f"'{path}'", ["is not the name of a page; let it end in .html"])
+    paths.stop_if_unwritable(path)
+
+
+def write_html(text: str, path: Path) -> None:
+    """Write a page under a page's name alone; raises as `write_page`."""
+    stop_if_no_page(path)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -30,6 +30,9 @@ from lowres.run.ranking import Choice, Goal, front, needed
 from lowres.run.rehearsal import rehearse
 from lowres.run.starting import starting_recipe
 
+CHOSEN = "chosen by `lowres fit`."
+"""Ends the first line of each recipe that is written, and tells such files from a user's own."""
+
 
 def fit(
     model: str,
@@ -229,7 +232,7 @@ def _text(choice: Choice, model: str, task: str, card: Card) -> str:
         | {"micro_batch_size": choice.rows, "max_length": choice.length}
     }
     head = (
-        f"# {model} on {task} for {card.name}, chosen by `lowres fit`.\n"
+        f"# {model} on {task} for {card.name}, {CHOSEN}\n"
         f"# Planned to need {choice.candidate.needed_bytes / GIB:.2f} GiB of device memory.\n"
     )
     return head + yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
+
+import psutil
 
 from lowres.bridges import accelerate
 from lowres.core.errors import DoesNotFit, LowresError, NotPlanned
 from lowres.core.plan import MemoryPlan, to_dict
 from lowres.core.recipe import Recipe
-from lowres.core.units import format_bytes, format_seconds
+from lowres.core.units import GIB, format_bytes, format_seconds
 from lowres.memory import device as devices
+from lowres.memory.catalogue import Device
 from lowres.run.build import Inputs
 from lowres.run.ladder import ladder
-from lowres.run.plan import plan
+from lowres.run.plan import host_limit, plan
 from lowres.run.progress import Reporter
 
 
@@ -33,6 +37,7 @@ def foresee(
     found = remark = None
     if accelerator.is_main_process:
         device = devices.of_torch(accelerator.device)
+        own_bytes = int(psutil.Process().memory_info().rss)
         try:
             processes = accelerator.num_processes
             found = plan(recipe, device, inputs=inputs, processes=processes)
@@ -44,12 +49,28 @@ def foresee(
             reporter.say(verdict(found))
             fits = found.fits is not False and found.host_fits is not False
             if not fits and not force:
-                found.changes = ladder(recipe, device, found)
-                told[0] = DoesNotFit(refusal(found))
+                told[0] = _refuse(recipe, device, found, own_bytes, reporter)
     (problem,) = accelerate.from_main_process(accelerator, told)
     if problem is not None:
         raise problem
     return found, remark
+
+
+def _refuse(
+    recipe: Recipe, device: Device, found: MemoryPlan, own_bytes: int, reporter: Reporter
+) -> DoesNotFit:
+    """Weigh what would help, unless nothing can: not even the process as it is has room."""
+    limit = host_limit(recipe, device)
+    if limit is not None and own_bytes > limit[0]:
+        enough = math.ceil(found.host_needed_bytes / GIB * 100) / 100
+        return DoesNotFit(
+            f"{_short_of(found, limit)}; nothing was loaded. No change to the recipe helps: with "
+            f"nothing loaded this process holds {format_bytes(own_bytes)}; raise budget.host_gib "
+            f"to {enough:g} (--force runs it nevertheless)"
+        )
+    reporter.say("does not fit; weighing changes to the recipe, each by a plan of its own")
+    found.changes = ladder(recipe, device, found)
+    return DoesNotFit(refusal(found, limit))
 
 
 def verdict(found: MemoryPlan) -> str:
@@ -64,19 +85,12 @@ def verdict(found: MemoryPlan) -> str:
     return f"plan: {device} at most ({found.peak_phase}: {made}){step}"
 
 
-def refusal(found: MemoryPlan) -> str:
-    """Why it cannot fit, and what would make it fit, cheapest first."""
-    card = found.card
-    if found.fits is False and card is not None:
-        why = (
-            f"the plan needs {format_bytes(found.needed_bytes)} of device memory, "
-            f"{card.name} offers {format_bytes(card.available_bytes + card.context_bytes)}"
-        )
-    else:
-        why = (
-            f"the plan needs {format_bytes(found.host_needed_bytes)} of host memory, more than "
-            "there is or than budget.host_gib allows"
-        )
+def refusal(found: MemoryPlan, limit: tuple[int, str] | None) -> str:
+    """Why it cannot fit, and what would make it fit, cheapest first.
+
+    Args:
+        limit: Of host memory, by `plan.host_limit`.
+    """
     lines = [
         f"\n  - {change.name}: {format_bytes(change.needed_bytes)} "
         f"(--set '{' '.join(change.overrides)}')"
@@ -85,9 +99,23 @@ def refusal(found: MemoryPlan) -> str:
     ]
     end = "".join(lines) or "\n  no single change is enough; `lowres fit` searches for several"
     return (
-        f"{why}; nothing was loaded. Its peak is in {found.peak_phase}, {found.peak.instant}. "
+        f"{_short_of(found, limit)}; nothing was loaded. "
+        f"Its peak is in {found.peak_phase}, {found.peak.instant}. "
         f"What would make it fit, cheapest first:{end}\n  (--force runs it nevertheless)"
     )
+
+
+def _short_of(found: MemoryPlan, limit: tuple[int, str] | None) -> str:
+    """What is needed and what there is, of each memory that is too small."""
+    card, short = found.card, []
+    if found.fits is False and card is not None:
+        offered = format_bytes(card.available_bytes + card.context_bytes)
+        needed = format_bytes(found.needed_bytes)
+        short.append(f"the plan needs {needed} of device memory, {card.name} offers {offered}")
+    if found.host_fits is False and limit is not None:
+        needed = format_bytes(found.host_needed_bytes)
+        short.append(f"the plan needs {needed} of host memory, {limit[1]} {format_bytes(limit[0])}")
+    return "; ".join(short)
 
 
 def to_record(found: MemoryPlan) -> dict[str, Any]:

@@ -149,11 +149,18 @@ def room_of(card: Card, needed_bytes: int) -> int:
 
 def host_fits(recipe: Recipe, needed_bytes: int, device: Device | None) -> bool | None:
     """Whether the host has that much, or may give it; None where neither is known."""
+    limit = host_limit(recipe, device)
+    return None if limit is None else needed_bytes <= limit[0]
+
+
+def host_limit(recipe: Recipe, device: Device | None) -> tuple[int, str] | None:
+    """Bytes of host memory that there are to take, and the words before them that say whose limit
+    that is; None where it is not known."""
     budget = recipe.budget.host_gib
     if budget is not None:
-        return needed_bytes <= gib_to_bytes(budget)
+        return gib_to_bytes(budget), f"budget.host_gib {budget:g} allows"
     if device is not None and (device.kind == "cpu" or device.uuid is not None):  # of this machine
-        return needed_bytes <= psutil.virtual_memory().total
+        return int(psutil.virtual_memory().total), "this machine has"
     return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from lowres.core import paths
-from lowres.core.errors import InputError
+from lowres.core.errors import InputError, some
 
 SHOWN = 5
 """Broken rows named one by one; of the rest the message says how many."""
@@ -64,6 +64,7 @@ def table(folder: Path, stem: str, columns: Sequence[str]) -> Iterator[dict[str,
             rows = list(_json_rows(lines) if ".jsonl" in path.name else _tab_rows(lines))
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise InputError(f"'{path}'", [f"cannot be read: {error}"]) from error
+    _stop_if_other_columns(path, [row for _, row in rows if isinstance(row, dict)], columns)
     broken = []
     good = []
     for number, row in rows:
@@ -77,6 +78,20 @@ def table(folder: Path, stem: str, columns: Sequence[str]) -> Iterator[dict[str,
             good.append({c: str(row[c]) for c in columns})
     stop_if_broken(path, broken)
     yield from good
+
+
+def _stop_if_other_columns(
+    path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str]
+) -> None:
+    """Raise InputError where a column is in no row at all: the names are other ones."""
+    there = list(dict.fromkeys(name for row in rows for name in row))
+    if not rows or set(columns) <= set(there):
+        return
+    what, fix = "columns", "name them so in the first line, separated by tabs"
+    if ".jsonl" in path.name:
+        what, fix = "keys", "name them so in each line"
+    text = f"it has {what} {some(there)}; wants {', '.join(columns)}; {fix}"
+    raise InputError(f"'{path}'", [text])
 
 
 def stop_if_broken(path: Path, broken: Sequence[str]) -> None:

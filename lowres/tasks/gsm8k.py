@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from lowres.core import metrics
@@ -21,6 +22,7 @@ from lowres.core.parts import Task, part
 from lowres.tasks import _files
 
 _STEMS = {"train": "train", "in_domain": "test"}
+_HUB = "openai/gsm8k"
 _CALCULATOR = re.compile(r"<<[^>]*>>")
 _FINAL = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 
@@ -56,8 +58,10 @@ class Gsm8k(Task):
                     answer=" " + answer,
                 )
             )
-        if broken or not out:
-            raise InputError(f"gsm8k, split '{split}'", broken[:5] or ["it has no rows"])
+        home = _files.folder_of("gsm8k", self.folder) or Path(_HUB)
+        _files.stop_if_broken(home / _STEMS[split], broken)
+        if not out:
+            raise InputError(f"gsm8k, split '{split}'", ["it has no rows"])
         return out
 
     def _rows(self, split: str) -> Iterable[Mapping[str, str]]:
@@ -66,7 +70,7 @@ class Gsm8k(Task):
             return _files.table(folder, _STEMS[split], ("question", "answer"))
         from lowres.bridges import datasets
 
-        return datasets.hub_rows("openai/gsm8k", "main", _STEMS[split])
+        return datasets.hub_rows(_HUB, "main", _STEMS[split])
 
     def score(
         self, examples: Sequence[Example], predictions: Sequence[Prediction]

@@ -236,13 +236,17 @@ def test_a_form_of_a_lever_is_looked_up_in_its_own_cells(raw_recipe: Any) -> Non
         (["levers=[zero]", "optimizer={name: adafactor, lr: 0.001}"],
          ["optimizer={name: adamw, lr: 0.001}", "levers=[]"]),
         (["levers=[nf4_weights]", "loop.epoch=1"], []),
+        (["method.rnk=3"], []),
+        (["method.rank=three"], []),
+        (["levers=[nf4_wieghts]"], []),
     ],
 )  # fmt: skip
 def test_the_nearest_that_works_is_named(
     changes: list[str], wanted: list[str], tmp_path: Path
 ) -> None:
     """Behaviour: by `lowres check`; each of what is named is accepted in turn, and the table has no
-    word against it. Where no such change helps none is named."""
+    word against it. Where no such change helps none is named, and none for a slip of spelling or
+    of type, which another method would only hide."""
     from typer.testing import CliRunner
 
     from lowres.cli.check import app

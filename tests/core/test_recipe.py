@@ -84,6 +84,13 @@ def test_a_missing_section_is_named(section: str, tmp_path: Path) -> None:
             ("task: grammaticality", "task: grammaticality\ntask: cola"),
             "the key 'task' stands twice",
         ),
+        (
+            ("loop:", "loop:\n  updates: 3"),
+            "`loop.updates` (line 8): is not a field; there are epochs,",
+        ),
+        (("objective: cl", "recipes: 1\nobjective: cl"), "is not a key; there are schema, model,"),
+        (("task: grammaticality", "task: {name: grammaticality, q: 1}"), "; there are train_ex"),
+        (("loop:", "freezing: {name: none, q: 1}\nloop:"), "is not a field; it takes none"),
         (("objective: classification", "objective: next_token"), "cannot serve the task"),
         (("loop:", "loop: ["), "it is not valid YAML"),
     ],

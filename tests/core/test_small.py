@@ -89,5 +89,7 @@ def test_unknown_names_are_refused_with_a_suggestion() -> None:
     """Behaviour."""
     with pytest.raises(InputError, match="did you mean 'lora'"):
         registry.load("method", "lorra")
+    with pytest.raises(InputError, match="'recipes'; there are tasks, methods, freezing, obj"):
+        registry.family("recipes")
     with pytest.raises(InputError, match="no family is named 'metods'; did you mean 'method'"):
         registry.family("metods")

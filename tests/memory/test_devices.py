@@ -26,13 +26,25 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and trials as short as they can be."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LOWRES_CACHE", str(tmp_path))
     monkeypatch.setattr(calibrating, "TRIAL_SECONDS", 0.0)
     return tmp_path
 
 
 def small_calibration() -> calibrating.Calibration:
     return calibrating.calibrate(CPU, sizes=(16, 24), copy_bytes=64 * 1024)
+
+
+def test_a_calibration_lies_in_the_cache_folder(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: `LOWRES_CACHE`, as of all caches, else in the user's."""
+    path = devices.calibration_path(devices.load("cpu"))
+    assert path.parent == cache
+    monkeypatch.delenv("LOWRES_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "users"))
+    path = devices.calibration_path(devices.load("cpu"))
+    assert path.parent == cache / "users" / "lowres"
 
 
 def test_there_are_enough_cards() -> None:
@@ -227,8 +239,8 @@ def test_a_cache_folder_that_cannot_be_written_is_an_error_in_words(
 ) -> None:
     """Behaviour."""
     (cache / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
-    with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
+    monkeypatch.setenv("LOWRES_CACHE", str(cache / "file"))
+    with pytest.raises(InputError, match="set LOWRES_CACHE"):
         small_calibration()
 
 

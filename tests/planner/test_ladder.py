@@ -12,7 +12,7 @@ from lowres.core.reading import load_recipe
 from lowres.memory import device as devices
 from lowres.run.foresight import refusal
 from lowres.run.ladder import ladder
-from lowres.run.plan import plan
+from lowres.run.plan import host_limit, plan
 from tests.conftest import sampled
 
 WIDE = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 4000, "num_hidden_layers": 6}
@@ -96,4 +96,4 @@ def test_a_refusal_for_host_memory_says_what_would_help(
     found.changes = ladder(small, device, found)
     assert found.host_fits is False
     assert any(c.fits for c in found.changes) and any(c.fits is False for c in found.changes)
-    assert "gradient_checkpointing" in refusal(found)
+    assert "gradient_checkpointing" in refusal(found, host_limit(small, device))

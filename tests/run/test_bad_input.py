@@ -134,6 +134,33 @@ def test_broken_rows_are_named_by_line(recipe: Callable[..., Any], tmp_path: Pat
     assert "line 4: it is not a JSON object" in text
 
 
+def test_broken_answers_are_counted_past_the_first_few(
+    recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Behaviour: five are shown, of the others their number."""
+    rows = [f'{{"question": "a", "answer": "{i}"}}' for i in range(8)]
+    one = generating(recipe, gsm8k_folder(tmp_path / "d", rows))
+    refused(one, tmp_path, "row 5: its answer has no number after ####\n  - and 3 more broken")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("in_domain_train.tsv", "text\tlabels\n" + "fine\t1\n" * 7,
+         "has 1 problem(s):\n  - it has columns text, labels; wants sentence, label; name"),
+        ("in_domain_train.jsonl", '{"sentence": "fine", "target": 1}\n' * 7,
+         "has 1 problem(s):\n  - it has keys sentence, target; wants sentence, label; name"),
+        ("in_domain_train.tsv", "sentence,label\n" + "fine,1\n" * 7, "separated by tabs"),
+    ],
+)  # fmt: skip
+def test_columns_of_other_names_are_told_once(
+    name: str, text: str, expected: str, recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Behaviour: with what the file has and what it needs, and not row by row."""
+    (tmp_path / name).write_text(text)
+    refused(recipe(task={"name": "cola", "folder": str(tmp_path)}), tmp_path, expected)
+
+
 def test_labels_out_of_range_and_ragged_tables(recipe: Callable[..., Any], tmp_path: Path) -> None:
     """Behaviour: in the form of the published CoLA files."""
     header = "label\tsentence\n"
