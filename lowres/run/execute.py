@@ -20,7 +20,7 @@ from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
 from lowres.memory import device as devices
 from lowres.memory.meter import Meter
-from lowres.run import build, checkpoint, choices, environment, output, processes
+from lowres.run import build, checkpoint, choices, claim, environment, output, processes
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
 from lowres.run.held import held
@@ -61,7 +61,7 @@ def execute(
     started = time.monotonic()
     accelerator = accelerate.make(recipe)
     reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
-    folder, found = _folder(recipe, accelerator, output_folder, resume)
+    folder, found = claim.folder_of(recipe, accelerator, output_folder, resume)
     record = _new_record(recipe, accelerator)
     record.folder = str(folder)
     meter = Meter(accelerator.device)
@@ -72,7 +72,7 @@ def execute(
         if found is not None:
             resumed = (found, checkpoint.progress_of(found, recipe.digest, recipe.resolved()))
             chosen, entries = resumed[1].chosen, resumed[1].entries
-            output.stop_if_finished(folder, found)
+            claim.stop_if_finished(folder, found)
         processes.check(recipe, accelerator.num_processes)
         _limit(recipe, accelerator, reporter)
         reporter.say(f"{output.stem(recipe)}: {_plan_line(recipe)}\noutput: {folder}")
@@ -131,7 +131,7 @@ def execute(
     except InputError as error:
         refused = True
         if accelerator.is_main_process and found is None:
-            output.release(folder, if_empty=True)
+            claim.release(folder, if_empty=True)
         raise recipe.located(error) from error
     except (KeyboardInterrupt, Interrupted) as error:
         record.outcome, record.error = "interrupted", str(error) or "stopped at once"
@@ -156,26 +156,6 @@ def execute(
         if not refused:
             _finish(record, session, meter, accelerator, folder, recipe, started, reporter)
     return record
-
-
-def _folder(
-    recipe: Recipe, accelerator: Any, asked: str | Path | None, resume: str | None
-) -> tuple[Path, Path | None]:
-    """The run's folder, chosen by the main process for all; and the checkpoint to go on from."""
-    asked = None if asked is None else Path(asked)
-    chosen: list[Any] = [None, None, None]
-    if accelerator.is_main_process:
-        try:
-            if resume is not None:
-                chosen[:2] = output.find_resumable(recipe, asked, resume)
-            else:
-                chosen[0] = output.claim(recipe, asked)
-        except InputError as error:
-            chosen[2] = error
-    folder, found, problem = accelerate.from_main_process(accelerator, chosen)
-    if problem is not None:
-        raise problem
-    return folder, found
 
 
 def _new_record(recipe: Recipe, accelerator: Any) -> RunRecord:
@@ -289,7 +269,7 @@ def _finish(
     if record.error:
         record.events.append(Event(len(record.losses), record.outcome, record.error))
     if accelerator.is_main_process:
-        output.release(folder)
+        claim.release(folder)
         try:
             output.write_record(folder, record)
             if (folder / output.MODEL).is_dir():
