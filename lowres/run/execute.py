@@ -56,7 +56,8 @@ def execute(
     Raises:
         InputError: When the recipe cannot be run here; nothing is written.
         DoesNotFit: When the plan exceeds the device or the budget; nothing was loaded.
-        LowresError: When the run failed; the record says how.
+        LowresError: When the run failed; the record says how. Where a resumed run failed before it
+            made an update, the record of the part before it stays.
     """
     started = time.monotonic()
     accelerator = accelerate.make(recipe)
@@ -66,12 +67,12 @@ def execute(
     record.folder = str(folder)
     meter = Meter(accelerator.device)
     session: TrainingSession | None = None
-    refused = False
+    refused, begun = False, 0
     try:
         resumed, chosen, entries = None, None, None
         if found is not None:
             resumed = (found, checkpoint.progress_of(found, recipe.digest, recipe.resolved()))
-            chosen, entries = resumed[1].chosen, resumed[1].entries
+            begun, chosen, entries = resumed[1].step, resumed[1].chosen, resumed[1].entries
             claim.stop_if_finished(folder, found)
         processes.check(recipe, accelerator.num_processes)
         _limit(recipe, accelerator, reporter)
@@ -153,8 +154,11 @@ def execute(
         raise
     finally:
         reporter.end()
+        # What an earlier part of the run wrote is worth more than an attempt that made nothing.
+        went_on = session is not None and session.progress.step > begun
         if not refused:
-            _finish(record, session, meter, accelerator, folder, recipe, started, reporter)
+            write = found is None or went_on or record.outcome == "ok"
+            _finish(record, session, meter, accelerator, folder, recipe, started, reporter, write)
     return record
 
 
@@ -252,8 +256,9 @@ def _finish(
     recipe: Recipe,
     started: float,
     reporter: Reporter,
+    write: bool,
 ) -> None:
-    """Fill in what was measured and write the record and the model's card."""
+    """Fill in what was measured and, where asked to, write the record and the model's card."""
     record.seconds = time.monotonic() - started
     record.measured.phases = meter.phases
     record.measured.allocator_retries = meter.allocator_retries()
@@ -271,8 +276,9 @@ def _finish(
     if accelerator.is_main_process:
         claim.release(folder)
         try:
-            output.write_record(folder, record)
-            if (folder / output.MODEL).is_dir():
+            if write:
+                output.write_record(folder, record)
+            if write and (folder / output.MODEL).is_dir():
                 output.write_card(folder / output.MODEL, recipe, record)
         except OSError as error:
             # Said, not raised: it must not hide what ended the run.

@@ -32,25 +32,28 @@ def stem(recipe: Recipe) -> str:
 
 
 class Losses:
-    """`losses.jsonl`: a line an update. After a resume, lines past the checkpoint are dropped."""
+    """`losses.jsonl`: a line an update. After a resume, lines past the checkpoint are dropped, but
+    not before there is one to add.
+    """
 
     def __init__(self, output: Path, active: bool, progress: Progress) -> None:
+        self._path, self._active, self._begun = output / LOSSES, active, progress.step
         self._file: TextIO | None = None
-        if not active:
-            return
-        path = output / LOSSES
+
+    def _opened(self) -> TextIO:
         kept: list[str] = []
-        if path.exists():
-            kept = path.read_text(encoding="utf-8").splitlines()[: progress.step]
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
-        self._file.flush()
+        if self._path.exists():
+            kept = self._path.read_text(encoding="utf-8").splitlines()[: self._begun]
+        file = self._path.open("w", encoding="utf-8")
+        file.writelines(line + "\n" for line in kept)
+        return file
 
     def add(
         self, step: int, loss: float, rate: float, norm: float | None, tokens_per_second: float
     ) -> None:
-        if self._file is None:
+        if not self._active:
             return
+        self._file = self._file or self._opened()
         line = {
             "step": step,
             "loss": loss,

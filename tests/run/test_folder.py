@@ -1,0 +1,66 @@
+"""The folder of a run: whose it is, what may go on in it, and what stays as it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowres
+from lowres.core.errors import DoesNotFit, Interrupted
+from lowres.run import build
+from lowres.run.session import TrainingSession
+
+TOO_SMALL = {"host_gib": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def keys(raw_recipe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return raw_recipe(loop={"steps": 4, "save_every": 2})
+
+
+@pytest.fixture(scope="module")
+def finished(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    run(keys, output_folder=folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, to be spoiled."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def run(keys: dict[str, Any], plan: bool = False, **changes: Any) -> Any:
+    return lowres.run(lowres.load_recipe(keys), quiet=True, plan=plan, **changes)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["plan", "load", "first update"])
+def test_going_on_in_vain_leaves_record_and_losses_as_they_were(
+    where: str, keys: dict[str, Any], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: what an earlier part of the run wrote stays until an update was made."""
+    before = content(copied)
+    if where == "load":
+        monkeypatch.setattr(build, "assemble", stop)
+    elif where == "first update":
+        monkeypatch.setattr(TrainingSession, "update", stop)
+    else:
+        keys = keys | {"budget": TOO_SMALL}
+    with pytest.raises(DoesNotFit if where == "plan" else Interrupted):
+        run(keys, plan=where == "plan", resume=str(copied / "checkpoint-2"))
+    after = content(copied)
+    assert after["record.json"] == before["record.json"]
+    assert after["losses.jsonl"] == before["losses.jsonl"]
