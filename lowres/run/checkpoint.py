@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -20,6 +21,7 @@ from lowres.bridges import accelerate
 from lowres.core.errors import InputError, LowresError
 from lowres.core.record import Event
 from lowres.core.units import MIB, format_bytes
+from lowres.run.out_of_memory import is_out_of_memory
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PROGRESS = "progress.json"
@@ -106,26 +108,56 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 def checkpoints(output: Path) -> list[Path]:
     """The whole checkpoints of an output folder, oldest first."""
     found = [p for p in output.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def load(accelerator: Any, folder: Path) -> None:
-    """Put weights, optimizer states and random states back."""
-    accelerate.load_state(accelerator, folder)
+    """Put weights, optimizer states and random states back.
+
+    Raises:
+        InputError: When a file is damaged or not there, or belongs to another recipe.
+    """
+    try:
+        accelerate.load_state(accelerator, folder)
+    # Each kind of file has its own errors for one that ends too soon.
+    except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> InputError:
+    """Names the checkpoint before, which is not taken unasked: it repeats updates."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    own = _NAME.fullmatch(folder.resolve().name)
+    there = checkpoints(folder.resolve().parent) if own else []
+    before = [p for p in there if own and _step(p) < int(own[1])]
+    go_on = (
+        f"`--resume {before[-1]}` goes on from the one before"
+        if before
+        else "there is none before it; begin anew, in another folder"
+    )
+    return InputError(f"'{folder}'", [f"is damaged ({reason}); {go_on}"])
 
 
 def progress_of(folder: Path, digest: str, recipe: dict[str, Any]) -> Progress:
     """Read how far a checkpoint got.
 
     Raises:
-        InputError: When it is no checkpoint, or of another recipe (naming what differs).
+        InputError: When it is none, damaged, or of another recipe (naming what differs).
     """
     try:
         raw = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
         raw["events"] = [Event(**e) for e in raw["events"]]
         progress = Progress(**raw)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except FileNotFoundError as error:
         raise InputError(f"'{folder}'", [f"is no checkpoint of lowres: {error}"]) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(folder, error) from None
     if progress.digest != digest:
         there, here = _flat(progress.recipe), _flat(recipe)
         differs = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 import lowres
-from lowres.core.errors import DoesNotFit, Interrupted
+from lowres.core.errors import DoesNotFit, InputError, Interrupted
 from lowres.run import build
 from lowres.run.session import TrainingSession
 
@@ -64,3 +65,24 @@ def test_going_on_in_vain_leaves_record_and_losses_as_they_were(
     after = content(copied)
     assert after["record.json"] == before["record.json"]
     assert after["losses.jsonl"] == before["losses.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.bin", "progress.json"])
+def test_a_damaged_checkpoint_is_told_with_the_one_before(
+    name: str, keys: dict[str, Any], copied: Path
+) -> None:
+    """Behaviour: no traceback, and nothing is taken in its place unasked."""
+    before = content(copied)
+    os.truncate(copied / "checkpoint-4" / name, 900 if name != "progress.json" else 20)
+    os.remove(copied / "record.json")  # as of a run that was killed
+    older = copied.resolve() / "checkpoint-2"
+    with pytest.raises(InputError) as told:
+        run(keys, output_folder=copied, resume="latest")
+    (problem,) = told.value.problems
+    assert told.value.subject == f"'{copied / 'checkpoint-4'}'"
+    assert problem.text.startswith("is damaged (")
+    assert problem.text.endswith(f"`--resume {older}` goes on from the one before")
+    assert content(copied)["losses.jsonl"] == before["losses.jsonl"]
+    shutil.rmtree(older)
+    with pytest.raises(InputError, match=r"is damaged .* there is none before it"):
+        run(keys, output_folder=copied, resume="latest")
