@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
 import re
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lowres.bridges import accelerate
 from lowres.core import record as record_module
@@ -13,67 +17,115 @@ from lowres.core.recipe import Recipe
 from lowres.run.checkpoint import checkpoints
 from lowres.run.output import RECORD, stem
 
+if sys.platform != "win32":
+    import fcntl
+
 CLAIM = ".claimed"
 DEFAULT_ROOT = Path("runs")
 
 
+class Claim:
+    """A folder that no other run writes to, until it is released or this process ends.
+
+    The kernel keeps the lock, so that of a run that was killed only a file is left, not a claim.
+
+    Raises:
+        InputError: When another run writes to it, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self._file = _locked(folder / CLAIM)
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {platform.node()}")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"'{folder}'", [f"cannot be written: {error.strerror}"]) from None
+
+    def release(self, *, if_empty: bool = False) -> None:
+        """Give it up; with `if_empty`, leave nothing behind of a run that wrote nothing."""
+        # Deleted before it is closed: afterwards it may be another's.
+        with contextlib.suppress(OSError):
+            (self.folder / CLAIM).unlink()
+        self._file.close()
+        if if_empty and self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def _locked(path: Path) -> TextIO:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            if sys.platform != "win32":
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read()
+            file.close()
+            text = f"another run{f' ({who})' if who else ''} is writing to it; wait for its end, "
+            raise InputError(
+                f"'{path.parent}'", [f"{text}stop it, or name another folder with --output DIR"]
+            ) from None
+        except OSError:
+            pass  # Some network file systems know no locks.
+        # A run that ended just now may have deleted the file that was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
+
+
 def folder_of(
     recipe: Recipe, accelerator: Any, asked: str | Path | None, resume: str | None
-) -> tuple[Path, Path | None]:
-    """The run's folder, chosen by the main process for all; and the checkpoint to go on from."""
+) -> tuple[Path, Path | None, Claim | None]:
+    """The run's folder, chosen by the main process for all; the checkpoint to go on from; and the
+    claim on the folder, which the main process alone holds.
+    """
     asked = None if asked is None else Path(asked)
     chosen: list[Any] = [None, None, None]
+    claim: Claim | None = None
     if accelerator.is_main_process:
         try:
             if resume is not None:
                 chosen[:2] = find_resumable(recipe, asked, resume)
+                claim = Claim(chosen[0])
             else:
-                chosen[0] = claim(recipe, asked)
+                claim = begin(recipe, asked)
+                chosen[0] = claim.folder
         except InputError as error:
             chosen[2] = error
     folder, found, problem = accelerate.from_main_process(accelerator, chosen)
     if problem is not None:
         raise problem
-    return folder, found
+    return folder, found, claim
 
 
-def claim(recipe: Recipe, asked: Path | None) -> Path:
+def begin(recipe: Recipe, asked: Path | None) -> Claim:
     """Make the folder of a new run: the one asked for,
     else `runs/<recipe>-<n>` with the next free n.
 
     Raises:
-        InputError: When the folder holds a run already, or cannot be written.
+        InputError: When the folder holds something or is another run's, or cannot be written.
     """
-    root = DEFAULT_ROOT
-    if asked is not None:
-        if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
-            raise InputError(
-                f"'{asked}'",
-                [
-                    "it exists and is not empty; --resume goes on with it, "
-                    "--output DIR names another"
-                ],
-            )
-        folder = asked
-    else:
-        taken = [_number(p, stem(recipe)) for p in root.glob(f"{stem(recipe)}-*")]
-        folder = root / f"{stem(recipe)}-{max(taken, default=0) + 1}"
+    folder = asked or _next(recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Exclusive: of two runs that want the same folder, one is told.
-        (folder / CLAIM).touch(exist_ok=False)
-    except FileExistsError:
-        raise InputError(f"'{folder}'", ["another run is beginning in it"]) from None
     except OSError as error:
         raise InputError(f"'{folder}'", [f"cannot be written: {error.strerror}"]) from None
-    return folder
+    claim = Claim(folder)
+    if any(p.name != CLAIM for p in folder.iterdir()):
+        claim.release()
+        raise InputError(
+            f"'{folder}'",
+            ["it exists and is not empty; --resume goes on with it, --output DIR names another"],
+        )
+    return claim
 
 
-def release(folder: Path, *, if_empty: bool = False) -> None:
-    """Give up the claim; with `if_empty`, leave nothing behind of a run that wrote nothing."""
-    (folder / CLAIM).unlink(missing_ok=True)
-    if if_empty and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+def _next(recipe: Recipe) -> Path:
+    taken = [_number(p, stem(recipe)) for p in DEFAULT_ROOT.glob(f"{stem(recipe)}-*")]
+    return DEFAULT_ROOT / f"{stem(recipe)}-{max(taken, default=0) + 1}"
 
 
 def stop_if_finished(folder: Path, found: Path) -> None:

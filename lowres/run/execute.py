@@ -62,7 +62,7 @@ def execute(
     started = time.monotonic()
     accelerator = accelerate.make(recipe)
     reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
-    folder, found = claim.folder_of(recipe, accelerator, output_folder, resume)
+    folder, found, own = claim.folder_of(recipe, accelerator, output_folder, resume)
     record = _new_record(recipe, accelerator)
     record.folder = str(folder)
     meter = Meter(accelerator.device)
@@ -131,8 +131,6 @@ def execute(
         record.outcome = "ok"
     except InputError as error:
         refused = True
-        if accelerator.is_main_process and found is None:
-            claim.release(folder, if_empty=True)
         raise recipe.located(error) from error
     except (KeyboardInterrupt, Interrupted) as error:
         record.outcome, record.error = "interrupted", str(error) or "stopped at once"
@@ -159,6 +157,8 @@ def execute(
         if not refused:
             write = found is None or went_on or record.outcome == "ok"
             _finish(record, session, meter, accelerator, folder, recipe, started, reporter, write)
+        if own is not None:
+            own.release(if_empty=refused)
     return record
 
 
@@ -274,7 +274,6 @@ def _finish(
     if record.error:
         record.events.append(Event(len(record.losses), record.outcome, record.error))
     if accelerator.is_main_process:
-        claim.release(folder)
         try:
             if write:
                 output.write_record(folder, record)

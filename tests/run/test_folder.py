@@ -86,3 +86,23 @@ def test_a_damaged_checkpoint_is_told_with_the_one_before(
     shutil.rmtree(older)
     with pytest.raises(InputError, match=r"is damaged .* there is none before it"):
         run(keys, output_folder=copied, resume="latest")
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_two_runs_never_write_one_folder(
+    resume: str | None, keys: dict[str, Any], copied: Path
+) -> None:
+    """Behaviour: the second is told who writes there; the first keeps the folder."""
+    from lowres.run.claim import Claim
+
+    (copied / "record.json").unlink()
+    before = content(copied)
+    first = Claim(copied)
+    with pytest.raises(InputError, match=rf"another run \(process {os.getpid()} on .*--output"):
+        run(keys, output_folder=copied, resume=resume)
+    assert content(copied).keys() == before.keys() | {".claimed"}
+    with pytest.raises(InputError, match="another run"):
+        Claim(copied)
+    first.release()
+    assert content(copied) == before
+    assert run(keys, output_folder=copied, resume="latest").outcome == "ok"
