@@ -14,8 +14,9 @@ from lowres.bridges import accelerate
 from lowres.core import record as record_module
 from lowres.core.errors import InputError
 from lowres.core.recipe import Recipe
+from lowres.core.record import RunRecord
 from lowres.run.checkpoint import checkpoints
-from lowres.run.output import RECORD, stem
+from lowres.run.output import LOSSES, RECIPE, RECORD, stem
 
 if sys.platform != "win32":
     import fcntl
@@ -27,7 +28,8 @@ DEFAULT_ROOT = Path("runs")
 class Claim:
     """A folder that no other run writes to, until it is released or this process ends.
 
-    The kernel keeps the lock, so that of a run that was killed only a file is left, not a claim.
+    The kernel keeps the lock, so that of a run that was killed only a file is left, not a claim;
+    `left` says that there was one.
 
     Raises:
         InputError: When another run writes to it, or it cannot be written.
@@ -35,6 +37,7 @@ class Claim:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.left = (folder / CLAIM).exists()
         try:
             self._file = _locked(folder / CLAIM)
             self._file.truncate(0)
@@ -109,18 +112,47 @@ def begin(recipe: Recipe, asked: Path | None) -> Claim:
         InputError: When the folder holds something or is another run's, or cannot be written.
     """
     folder = asked or _next(recipe)
+    if folder.is_file():
+        raise InputError(f"'{folder}'", ["it is a file; --output names a folder"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"'{folder}'", [f"cannot be written: {error.strerror}"]) from None
     claim = Claim(folder)
-    if any(p.name != CLAIM for p in folder.iterdir()):
+    content = {p.name for p in folder.iterdir()} - {CLAIM}
+    if content and (claim.left or RECORD in content) and _never_trained(folder, content):
+        for name in content:
+            (folder / name).unlink()
+    elif content:
         claim.release()
-        raise InputError(
-            f"'{folder}'",
-            ["it exists and is not empty; --resume goes on with it, --output DIR names another"],
-        )
+        raise InputError(f"'{folder}'", [_what_to_do(folder)])
     return claim
+
+
+def _never_trained(folder: Path, content: set[str]) -> bool:
+    """Whether a run left all of it before its first update, with nothing that is worth keeping."""
+    record = _record_in(folder)
+    return (
+        content <= {RECORD, RECIPE, LOSSES}
+        and (RECORD not in content or (record is not None and not record.losses))
+        and (LOSSES not in content or not (folder / LOSSES).stat().st_size)
+    )
+
+
+def _what_to_do(folder: Path) -> str:
+    record, there = _record_in(folder), checkpoints(folder)
+    if record is not None and record.outcome == "ok":
+        return "it holds a finished run; --output DIR names another folder"
+    if there:
+        return f"it holds {there[-1].name}; --resume goes on with it, --output DIR names another"
+    return "it exists and is not empty; --output DIR names another folder"
+
+
+def _record_in(folder: Path) -> RunRecord | None:
+    """None where there is none that can be read."""
+    with contextlib.suppress(InputError):
+        return record_module.from_file(folder / RECORD)
+    return None
 
 
 def _next(recipe: Recipe) -> Path:

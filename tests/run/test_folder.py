@@ -88,6 +88,48 @@ def test_a_damaged_checkpoint_is_told_with_the_one_before(
         run(keys, output_folder=copied, resume="latest")
 
 
+def test_a_folder_of_a_run_that_never_trained_is_free(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Behaviour: one was killed while it planned, one was refused by its plan."""
+    killed, refused = tmp_path / "killed", tmp_path / "refused"
+    killed.mkdir()
+    (killed / ".claimed").touch()
+    with pytest.raises(DoesNotFit):
+        run(keys | {"budget": TOO_SMALL}, plan=True, output_folder=refused)
+    assert [p.name for p in refused.iterdir()] == ["record.json"]
+    for folder in (killed, refused):
+        assert run(keys, output_folder=folder).outcome == "ok"
+
+
+def test_what_lies_in_a_folder_decides_what_is_advised(
+    keys: dict[str, Any], copied: Path, tmp_path: Path
+) -> None:
+    """Behaviour: a finished run, a checkpoint, updates without one, something else, a file."""
+
+    def refusal(folder: Path) -> str:
+        before = content(folder) if folder.is_dir() else {}
+        with pytest.raises(InputError) as told:
+            run(keys, output_folder=folder)
+        assert not before or content(folder) == before
+        return str(told.value)
+
+    text = refusal(copied)
+    assert "a finished run" in text and "--output" in text and "--resume" not in text
+    (copied / "record.json").unlink()
+    text = refusal(copied)
+    assert "checkpoint-4" in text and "--resume" in text
+    for name in ("checkpoint-2", "checkpoint-4", "model", "predictions"):
+        shutil.rmtree(copied / name, ignore_errors=True)
+    (copied / ".claimed").touch()
+    with pytest.raises(InputError, match="exists and is not empty; --output"):
+        run(keys, output_folder=copied)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "recipe.yaml").write_text("mine")
+    text = refusal(mine)
+    assert "exists and is not empty" in text and "--resume" not in text
+    assert "is a file" in refusal(mine / "recipe.yaml")
+
+
 @pytest.mark.parametrize("resume", [None, "latest"])
 def test_two_runs_never_write_one_folder(
     resume: str | None, keys: dict[str, Any], copied: Path
