@@ -84,11 +84,14 @@ def save(accelerator: Any, output: Path, progress: Progress, keep: int) -> int:
 
 
 @contextlib.contextmanager
-def writing(what: str, folder: Path) -> Iterator[None]:
+def writing(what: str, folder: Path, *, resumable: bool = True) -> Iterator[None]:
     """Turn a failed write into one message.
 
-    torch, safetensors and the system each have their own error for a full disk, so that it was
-    full is told from the room that is left.
+    The system says when a disk is full. torch and safetensors have their own errors, of which that
+    is told from the room that is left.
+
+    Args:
+        resumable: Whether it is a run that writes, which can go on from a checkpoint.
 
     Raises:
         LowresError: When what is being written does not fit or cannot be written.
@@ -96,13 +99,21 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(folder).free if folder.exists() else 0
-        full = getattr(error, "errno", None) == errno.ENOSPC or free < NEARLY_FULL_BYTES
+        free = shutil.disk_usage(_nearest(folder)).free
+        code = getattr(error, "errno", None)
+        full = code == errno.ENOSPC or (code is None and free < NEARLY_FULL_BYTES)
+        mend = "make room" if full else "mend that"
         raise LowresError(
             f"{what} could not be written to {folder}: {'the disk is full' if full else error} "
-            f"({format_bytes(free)} free); checkpoints written before are whole, so make room and "
-            "--resume"
-        ) from error
+            f"({format_bytes(free)} free); "
+            + (f"checkpoints written before are whole, so {mend} and --resume"
+               if resumable else f"{mend}, or name another folder")
+        ) from error  # fmt: skip
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or what is there of the way to it."""
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists())
 
 
 def checkpoints(output: Path) -> list[Path]:

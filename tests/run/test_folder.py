@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import lowres
-from lowres.core.errors import DoesNotFit, InputError, Interrupted
-from lowres.run import build
+from lowres.core.errors import DoesNotFit, InputError, Interrupted, LowresError
+from lowres.run import build, checkpoint
 from lowres.run.session import TrainingSession
 
 TOO_SMALL = {"host_gib": 1e-6}
@@ -148,3 +148,17 @@ def test_two_runs_never_write_one_folder(
     first.release()
     assert content(copied) == before
     assert run(keys, output_folder=copied, resume="latest").outcome == "ok"
+
+
+def test_a_disk_that_is_not_full_is_not_called_full(tmp_path: Path) -> None:
+    """Behaviour: a file stands where a folder should be; only a run has something to resume."""
+    (tmp_path / "q.yaml").touch()
+    into = tmp_path / "q.yaml" / "x"
+    for resumable in (True, False):
+        with (
+            pytest.raises(LowresError, match="Not a directory") as told,
+            checkpoint.writing("the model", into, resumable=resumable),
+        ):
+            into.mkdir()
+        assert "disk is full" not in str(told.value) and "(0 B free)" not in str(told.value)
+        assert ("--resume" in str(told.value)) == resumable
