@@ -63,10 +63,15 @@ def _root() -> None:
 
 
 def _with_resume_value(arguments: list[str]) -> list[str]:
-    """`--resume` alone means `--resume latest`; the option parser knows no optional values."""
+    """`--resume` alone means `--resume latest`; the option parser knows no optional values.
+
+    A value is what follows, unless it is an option or a recipe: checkpoints are folders, and one
+    that is not there is to be told as such.
+    """
     out = []
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        named = following == "latest" or (bool(following) and Path(following).is_dir())
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        recipe = Path(following).suffix in (".yaml", ".yml") or Path(following).is_file()
+        named = bool(following) and not following.startswith("-") and not recipe
         out.append("--resume=latest" if word == "--resume" and not named else word)
     return out
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -20,6 +21,7 @@ from lowres.bridges import accelerate
 from lowres.core.errors import InputError, LowresError
 from lowres.core.record import Event
 from lowres.core.units import MIB, format_bytes
+from lowres.run.out_of_memory import is_out_of_memory
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PROGRESS = "progress.json"
@@ -82,11 +84,14 @@ def save(accelerator: Any, output: Path, progress: Progress, keep: int) -> int:
 
 
 @contextlib.contextmanager
-def writing(what: str, folder: Path) -> Iterator[None]:
+def writing(what: str, folder: Path, *, resumable: bool = True) -> Iterator[None]:
     """Turn a failed write into one message.
 
-    torch, safetensors and the system each have their own error for a full disk, so that it was
-    full is told from the room that is left.
+    The system says when a disk is full. torch and safetensors have their own errors, of which that
+    is told from the room that is left.
+
+    Args:
+        resumable: Whether it is a run that writes, which can go on from a checkpoint.
 
     Raises:
         LowresError: When what is being written does not fit or cannot be written.
@@ -94,38 +99,76 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(folder).free if folder.exists() else 0
-        full = getattr(error, "errno", None) == errno.ENOSPC or free < NEARLY_FULL_BYTES
+        free = shutil.disk_usage(_nearest(folder)).free
+        code = getattr(error, "errno", None)
+        full = code == errno.ENOSPC or (code is None and free < NEARLY_FULL_BYTES)
+        mend = "make room" if full else "mend that"
         raise LowresError(
             f"{what} could not be written to {folder}: {'the disk is full' if full else error} "
-            f"({format_bytes(free)} free); checkpoints written before are whole, so make room and "
-            "--resume"
-        ) from error
+            f"({format_bytes(free)} free); "
+            + (f"checkpoints written before are whole, so {mend} and --resume"
+               if resumable else f"{mend}, or name another folder")
+        ) from error  # fmt: skip
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or what is there of the way to it."""
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists())
 
 
 def checkpoints(output: Path) -> list[Path]:
     """The whole checkpoints of an output folder, oldest first."""
     found = [p for p in output.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def load(accelerator: Any, folder: Path) -> None:
-    """Put weights, optimizer states and random states back."""
-    accelerate.load_state(accelerator, folder)
+    """Put weights, optimizer states and random states back.
+
+    Raises:
+        InputError: When a file is damaged or not there, or belongs to another recipe.
+    """
+    try:
+        accelerate.load_state(accelerator, folder)
+    # Each kind of file has its own errors for one that ends too soon.
+    except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> InputError:
+    """Names the checkpoint before, which is not taken unasked: it repeats updates."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    own = _NAME.fullmatch(folder.resolve().name)
+    there = checkpoints(folder.resolve().parent) if own else []
+    before = [p for p in there if own and _step(p) < int(own[1])]
+    go_on = (
+        f"`--resume {before[-1]}` goes on from the one before"
+        if before
+        else "there is none before it; begin anew, in another folder"
+    )
+    return InputError(f"'{folder}'", [f"is damaged ({reason}); {go_on}"])
 
 
 def progress_of(folder: Path, digest: str, recipe: dict[str, Any]) -> Progress:
     """Read how far a checkpoint got.
 
     Raises:
-        InputError: When it is no checkpoint, or of another recipe (naming what differs).
+        InputError: When it is none, damaged, or of another recipe (naming what differs).
     """
     try:
         raw = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
         raw["events"] = [Event(**e) for e in raw["events"]]
         progress = Progress(**raw)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except FileNotFoundError as error:
         raise InputError(f"'{folder}'", [f"is no checkpoint of lowres: {error}"]) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(folder, error) from None
     if progress.digest != digest:
         there, here = _flat(progress.recipe), _flat(recipe)
         differs = [

@@ -20,7 +20,7 @@ from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
 from lowres.memory import device as devices
 from lowres.memory.meter import Meter
-from lowres.run import build, checkpoint, choices, environment, output, processes
+from lowres.run import build, checkpoint, choices, claim, environment, output, processes
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
 from lowres.run.held import held
@@ -56,23 +56,24 @@ def execute(
     Raises:
         InputError: When the recipe cannot be run here; nothing is written.
         DoesNotFit: When the plan exceeds the device or the budget; nothing was loaded.
-        LowresError: When the run failed; the record says how.
+        LowresError: When the run failed; the record says how. Where a resumed run failed before it
+            made an update, the record of the part before it stays.
     """
     started = time.monotonic()
     accelerator = accelerate.make(recipe)
     reporter = Reporter(quiet=quiet or not accelerator.is_main_process)
-    folder, found = _folder(recipe, accelerator, output_folder, resume)
+    folder, found, own = claim.folder_of(recipe, accelerator, output_folder, resume)
     record = _new_record(recipe, accelerator)
     record.folder = str(folder)
     meter = Meter(accelerator.device)
     session: TrainingSession | None = None
-    refused = False
+    refused, begun = False, 0
     try:
         resumed, chosen, entries = None, None, None
         if found is not None:
             resumed = (found, checkpoint.progress_of(found, recipe.digest, recipe.resolved()))
-            chosen, entries = resumed[1].chosen, resumed[1].entries
-            output.stop_if_finished(folder, found)
+            begun, chosen, entries = resumed[1].step, resumed[1].chosen, resumed[1].entries
+            claim.stop_if_finished(folder, found)
         processes.check(recipe, accelerator.num_processes)
         _limit(recipe, accelerator, reporter)
         reporter.say(f"{output.stem(recipe)}: {_plan_line(recipe)}\noutput: {folder}")
@@ -130,8 +131,6 @@ def execute(
         record.outcome = "ok"
     except InputError as error:
         refused = True
-        if accelerator.is_main_process and found is None:
-            output.release(folder, if_empty=True)
         raise recipe.located(error) from error
     except (KeyboardInterrupt, Interrupted) as error:
         record.outcome, record.error = "interrupted", str(error) or "stopped at once"
@@ -153,29 +152,14 @@ def execute(
         raise
     finally:
         reporter.end()
+        # What an earlier part of the run wrote is worth more than an attempt that made nothing.
+        went_on = session is not None and session.progress.step > begun
         if not refused:
-            _finish(record, session, meter, accelerator, folder, recipe, started, reporter)
+            write = found is None or went_on or record.outcome == "ok"
+            _finish(record, session, meter, accelerator, folder, recipe, started, reporter, write)
+        if own is not None:
+            own.release(if_empty=refused)
     return record
-
-
-def _folder(
-    recipe: Recipe, accelerator: Any, asked: str | Path | None, resume: str | None
-) -> tuple[Path, Path | None]:
-    """The run's folder, chosen by the main process for all; and the checkpoint to go on from."""
-    asked = None if asked is None else Path(asked)
-    chosen: list[Any] = [None, None, None]
-    if accelerator.is_main_process:
-        try:
-            if resume is not None:
-                chosen[:2] = output.find_resumable(recipe, asked, resume)
-            else:
-                chosen[0] = output.claim(recipe, asked)
-        except InputError as error:
-            chosen[2] = error
-    folder, found, problem = accelerate.from_main_process(accelerator, chosen)
-    if problem is not None:
-        raise problem
-    return folder, found
 
 
 def _new_record(recipe: Recipe, accelerator: Any) -> RunRecord:
@@ -272,8 +256,9 @@ def _finish(
     recipe: Recipe,
     started: float,
     reporter: Reporter,
+    write: bool,
 ) -> None:
-    """Fill in what was measured and write the record and the model's card."""
+    """Fill in what was measured and, where asked to, write the record and the model's card."""
     record.seconds = time.monotonic() - started
     record.measured.phases = meter.phases
     record.measured.allocator_retries = meter.allocator_retries()
@@ -289,10 +274,10 @@ def _finish(
     if record.error:
         record.events.append(Event(len(record.losses), record.outcome, record.error))
     if accelerator.is_main_process:
-        output.release(folder)
         try:
-            output.write_record(folder, record)
-            if (folder / output.MODEL).is_dir():
+            if write:
+                output.write_record(folder, record)
+            if write and (folder / output.MODEL).is_dir():
                 output.write_card(folder / output.MODEL, recipe, record)
         except OSError as error:
             # Said, not raised: it must not hide what ended the run.

@@ -100,7 +100,7 @@ def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
             f"adapter beside its base, more than the {limit:g} that {plain.dtype} may round away; "
             f"nothing was written to {into}: use the adapter as it is, or a wider model.dtype"
         )
-    with checkpoint.writing("the merged model", into):
+    with checkpoint.writing("the merged model", into, resumable=False):
         transformers.save(learner.base, learner.tokenizer, into)
     from_trained = 0.0 if over_trained is None else distance_of(unmerged, over_trained)
     return Merged(into, plain.dtype, distance, from_trained, effect)

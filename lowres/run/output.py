@@ -1,23 +1,19 @@
-"""The output folder: claimed once, never overwritten;
-record, recipe, losses, model and its card.
-"""
+"""What a run writes into its folder: record, recipe, losses, model and its card."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lowres.core import record as record_module
-from lowres.core.errors import InputError
 from lowres.core.recipe import Recipe
 from lowres.core.record import RunRecord
 from lowres.core.units import format_bytes, format_count, format_seconds
-from lowres.run.checkpoint import Progress, checkpoints
+from lowres.run.checkpoint import Progress
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -26,8 +22,6 @@ RECORD = "record.json"
 RECIPE = "recipe.yaml"
 LOSSES = "losses.jsonl"
 MODEL = "model"
-CLAIM = ".claimed"
-DEFAULT_ROOT = Path("runs")
 
 
 def stem(recipe: Recipe) -> str:
@@ -37,121 +31,29 @@ def stem(recipe: Recipe) -> str:
     return f"{recipe.task.name}-{recipe.method.name}"
 
 
-def claim(recipe: Recipe, asked: Path | None) -> Path:
-    """Make the folder of a new run: the one asked for,
-    else `runs/<recipe>-<n>` with the next free n.
-
-    Raises:
-        InputError: When the folder holds a run already, or cannot be written.
-    """
-    root = DEFAULT_ROOT
-    if asked is not None:
-        if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
-            raise InputError(
-                f"'{asked}'",
-                [
-                    "it exists and is not empty; --resume goes on with it, "
-                    "--output DIR names another"
-                ],
-            )
-        folder = asked
-    else:
-        taken = [_number(p, stem(recipe)) for p in root.glob(f"{stem(recipe)}-*")]
-        folder = root / f"{stem(recipe)}-{max(taken, default=0) + 1}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Exclusive: of two runs that want the same folder, one is told.
-        (folder / CLAIM).touch(exist_ok=False)
-    except FileExistsError:
-        raise InputError(f"'{folder}'", ["another run is beginning in it"]) from None
-    except OSError as error:
-        raise InputError(f"'{folder}'", [f"cannot be written: {error.strerror}"]) from None
-    return folder
-
-
-def release(folder: Path, *, if_empty: bool = False) -> None:
-    """Give up the claim; with `if_empty`, leave nothing behind of a run that wrote nothing."""
-    (folder / CLAIM).unlink(missing_ok=True)
-    if if_empty and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def stop_if_finished(folder: Path, found: Path) -> None:
-    """Refuse to go on with a run that ended well: its record would be replaced by a poorer one.
-
-    Raises:
-        InputError: When the record says ok and the checkpoint is the last one.
-    """
-    path = folder / RECORD
-    if path.exists():
-        record = record_module.from_file(path)
-        if record.outcome == "ok" and found.name == f"checkpoint-{len(record.losses)}":
-            raise InputError(f"'{folder}'", ["the run is finished; there is nothing to resume"])
-
-
-def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Path, Path]:
-    """The output folder and the checkpoint to go on from.
-
-    Args:
-        resume: `latest`, or the path of a checkpoint.
-
-    Raises:
-        InputError: When there is none.
-    """
-    if resume != "latest":
-        folder = Path(resume)
-        if asked is not None and asked.resolve() != folder.resolve().parent:
-            raise InputError(
-                "the command",
-                [f"--resume {folder} goes on in its own folder; drop --output {asked}"],
-            )
-        if not folder.is_dir():
-            raise InputError(f"'{folder}'", ["there is no such checkpoint to resume from"])
-        return folder.resolve().parent, folder
-    if asked is not None:
-        candidates = [asked]
-    else:
-        runs = [p for p in DEFAULT_ROOT.glob(f"{stem(recipe)}-*") if _number(p, stem(recipe))]
-        candidates = sorted(runs, key=lambda p: _number(p, stem(recipe)))[-1:]
-    for folder in candidates:
-        there = checkpoints(folder)
-        if there:
-            return folder, there[-1]
-    where = asked or f"{DEFAULT_ROOT}/{stem(recipe)}-*"
-    raise InputError(
-        f"'{where}'",
-        [
-            "holds no checkpoint to resume from; loop.save_every writes them, "
-            "or run without --resume"
-        ],
-    )
-
-
-def _number(path: Path, name: str) -> int:
-    found = re.fullmatch(re.escape(name) + r"-(\d+)", path.name)
-    return int(found.group(1)) if found else 0
-
-
 class Losses:
-    """`losses.jsonl`: a line an update. After a resume, lines past the checkpoint are dropped."""
+    """`losses.jsonl`: a line an update. After a resume, lines past the checkpoint are dropped, but
+    not before there is one to add.
+    """
 
     def __init__(self, output: Path, active: bool, progress: Progress) -> None:
+        self._path, self._active, self._begun = output / LOSSES, active, progress.step
         self._file: TextIO | None = None
-        if not active:
-            return
-        path = output / LOSSES
+
+    def _opened(self) -> TextIO:
         kept: list[str] = []
-        if path.exists():
-            kept = path.read_text(encoding="utf-8").splitlines()[: progress.step]
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
-        self._file.flush()
+        if self._path.exists():
+            kept = self._path.read_text(encoding="utf-8").splitlines()[: self._begun]
+        file = self._path.open("w", encoding="utf-8")
+        file.writelines(line + "\n" for line in kept)
+        return file
 
     def add(
         self, step: int, loss: float, rate: float, norm: float | None, tokens_per_second: float
     ) -> None:
-        if self._file is None:
+        if not self._active:
             return
+        self._file = self._file or self._opened()
         line = {
             "step": step,
             "loss": loss,

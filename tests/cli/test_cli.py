@@ -166,6 +166,17 @@ def test_resume_takes_an_optional_value(in_folder: Path) -> None:
         assert _with_resume_value(["run", "--resume", value]) == ["run", "--resume", value]
 
 
+def test_resuming_from_a_path_that_is_not_there(
+    command: Callable[..., Any], raw_recipe: Callable[..., dict[str, Any]], in_folder: Path
+) -> None:
+    """Behaviour: told as such, wherever the recipe stands; exit 2."""
+    Path("r.yaml").write_text(yaml.safe_dump(raw_recipe()))
+    for words in (["r.yaml", "--resume", "no/where"], ["--resume", "no/where", "r.yaml"]):
+        done = command("run", *words)
+        assert done.returncode == 2
+        assert "'no/where'" in done.stderr and "there is no such checkpoint" in done.stderr
+
+
 def test_a_plan_refuses_options_that_would_go_unheard(command: Callable[..., Any]) -> None:
     """Behaviour: one error each, exit 2, before anything is planned."""
     recipe, model = str(ROOT / "recipes" / "quickstart.yaml"), "package:lowres/assets/tiny_lm"

@@ -220,7 +220,7 @@ def test_an_output_folder_is_never_overwritten(recipe: Callable[..., Any], tmp_p
     """Behaviour: what lies there stays as it was."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(InputError, match="exists and is not empty; --resume"):
+    with pytest.raises(InputError, match="exists and is not empty; --output"):
         lowres.run(recipe(), output_folder=tmp_path / "out", quiet=True)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 

@@ -1,0 +1,164 @@
+"""The folder of a run: whose it is, what may go on in it, and what stays as it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowres
+from lowres.core.errors import DoesNotFit, InputError, Interrupted, LowresError
+from lowres.run import build, checkpoint
+from lowres.run.session import TrainingSession
+
+TOO_SMALL = {"host_gib": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def keys(raw_recipe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return raw_recipe(loop={"steps": 4, "save_every": 2})
+
+
+@pytest.fixture(scope="module")
+def finished(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    run(keys, output_folder=folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, to be spoiled."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def run(keys: dict[str, Any], plan: bool = False, **changes: Any) -> Any:
+    return lowres.run(lowres.load_recipe(keys), quiet=True, plan=plan, **changes)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["plan", "load", "first update"])
+def test_going_on_in_vain_leaves_record_and_losses_as_they_were(
+    where: str, keys: dict[str, Any], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: what an earlier part of the run wrote stays until an update was made."""
+    before = content(copied)
+    if where == "load":
+        monkeypatch.setattr(build, "assemble", stop)
+    elif where == "first update":
+        monkeypatch.setattr(TrainingSession, "update", stop)
+    else:
+        keys = keys | {"budget": TOO_SMALL}
+    with pytest.raises(DoesNotFit if where == "plan" else Interrupted):
+        run(keys, plan=where == "plan", resume=str(copied / "checkpoint-2"))
+    after = content(copied)
+    assert after["record.json"] == before["record.json"]
+    assert after["losses.jsonl"] == before["losses.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.bin", "progress.json"])
+def test_a_damaged_checkpoint_is_told_with_the_one_before(
+    name: str, keys: dict[str, Any], copied: Path
+) -> None:
+    """Behaviour: no traceback, and nothing is taken in its place unasked."""
+    before = content(copied)
+    os.truncate(copied / "checkpoint-4" / name, 900 if name != "progress.json" else 20)
+    os.remove(copied / "record.json")  # as of a run that was killed
+    older = copied.resolve() / "checkpoint-2"
+    with pytest.raises(InputError) as told:
+        run(keys, output_folder=copied, resume="latest")
+    (problem,) = told.value.problems
+    assert told.value.subject == f"'{copied / 'checkpoint-4'}'"
+    assert problem.text.startswith("is damaged (")
+    assert problem.text.endswith(f"`--resume {older}` goes on from the one before")
+    assert content(copied)["losses.jsonl"] == before["losses.jsonl"]
+    shutil.rmtree(older)
+    with pytest.raises(InputError, match=r"is damaged .* there is none before it"):
+        run(keys, output_folder=copied, resume="latest")
+
+
+def test_a_folder_of_a_run_that_never_trained_is_free(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Behaviour: one was killed while it planned, one was refused by its plan."""
+    killed, refused = tmp_path / "killed", tmp_path / "refused"
+    killed.mkdir()
+    (killed / ".claimed").touch()
+    with pytest.raises(DoesNotFit):
+        run(keys | {"budget": TOO_SMALL}, plan=True, output_folder=refused)
+    assert [p.name for p in refused.iterdir()] == ["record.json"]
+    for folder in (killed, refused):
+        assert run(keys, output_folder=folder).outcome == "ok"
+
+
+def test_what_lies_in_a_folder_decides_what_is_advised(
+    keys: dict[str, Any], copied: Path, tmp_path: Path
+) -> None:
+    """Behaviour: a finished run, a checkpoint, updates without one, something else, a file."""
+
+    def refusal(folder: Path) -> str:
+        before = content(folder) if folder.is_dir() else {}
+        with pytest.raises(InputError) as told:
+            run(keys, output_folder=folder)
+        assert not before or content(folder) == before
+        return str(told.value)
+
+    text = refusal(copied)
+    assert "a finished run" in text and "--output" in text and "--resume" not in text
+    (copied / "record.json").unlink()
+    text = refusal(copied)
+    assert "checkpoint-4" in text and "--resume" in text
+    for name in ("checkpoint-2", "checkpoint-4", "model", "predictions"):
+        shutil.rmtree(copied / name, ignore_errors=True)
+    (copied / ".claimed").touch()
+    with pytest.raises(InputError, match="exists and is not empty; --output"):
+        run(keys, output_folder=copied)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "recipe.yaml").write_text("mine")
+    text = refusal(mine)
+    assert "exists and is not empty" in text and "--resume" not in text
+    assert "is a file" in refusal(mine / "recipe.yaml")
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_two_runs_never_write_one_folder(
+    resume: str | None, keys: dict[str, Any], copied: Path
+) -> None:
+    """Behaviour: the second is told who writes there; the first keeps the folder."""
+    from lowres.run.claim import Claim
+
+    (copied / "record.json").unlink()
+    before = content(copied)
+    first = Claim(copied)
+    with pytest.raises(InputError, match=rf"another run \(process {os.getpid()} on .*--output"):
+        run(keys, output_folder=copied, resume=resume)
+    assert content(copied).keys() == before.keys() | {".claimed"}
+    with pytest.raises(InputError, match="another run"):
+        Claim(copied)
+    first.release()
+    assert content(copied) == before
+    assert run(keys, output_folder=copied, resume="latest").outcome == "ok"
+
+
+def test_a_disk_that_is_not_full_is_not_called_full(tmp_path: Path) -> None:
+    """Behaviour: a file stands where a folder should be; only a run has something to resume."""
+    (tmp_path / "q.yaml").touch()
+    into = tmp_path / "q.yaml" / "x"
+    for resumable in (True, False):
+        with (
+            pytest.raises(LowresError, match="Not a directory") as told,
+            checkpoint.writing("the model", into, resumable=resumable),
+        ):
+            into.mkdir()
+        assert "disk is full" not in str(told.value) and "(0 B free)" not in str(told.value)
+        assert ("--resume" in str(told.value)) == resumable
