@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from lowres.bridges import unreadable
+from lowres.bridges import bases, unreadable
 from lowres.bridges.kinds import auto_class
 from lowres.core.errors import InputError, Problem
 from lowres.core.learner import LoadRequest
@@ -263,12 +263,15 @@ def generate(
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write an adapter (PEFT's format) or a model (transformers' format), and the tokenizer."""
+    """Write an adapter (PEFT's format, and a digest of its base) or a model (transformers' format),
+    and the tokenizer."""
     inner: Any = model
+    adapted = hasattr(inner, "peft_config")
     # Embeddings are never resized here; PEFT would ask the hub for the base's config to find out.
-    adapter = {"save_embedding_layers": False} if hasattr(inner, "peft_config") else {}
     with _quiet():
-        inner.save_pretrained(folder, **adapter)
+        inner.save_pretrained(folder, **({"save_embedding_layers": False} if adapted else {}))
+    if adapted:
+        bases.keep(model, folder)
     tokenizer.save_pretrained(folder)
 
 
