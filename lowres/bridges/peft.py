@@ -175,7 +175,8 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     """The model with a saved adapter beside its weights, frozen; lowres's own kinds are known.
 
     Raises:
-        InputError: When a tensor of the adapter is missing in the folder, or one too many.
+        InputError: When a tensor of the adapter is missing in the folder, one too many, or of
+            another size, or when a file is missing or damaged.
     """
     import peft
 

@@ -91,7 +91,7 @@ def load_shapes(
     stored = getattr(config, "dtype", None)  # from_config writes the type asked for there
     pretrained = request.init == "pretrained"
     place = torch.device("meta") if pretrained else contextlib.nullcontext()
-    with bridge._explained(request.checkpoint), bridge._quiet(), place:
+    with bridge.explained(request.checkpoint, "config"), bridge._quiet(), place:
         model = auto.from_config(
             config, attn_implementation=request.attention, dtype=getattr(torch, request.dtype),
             trust_remote_code=request.trust_remote_code,
@@ -231,7 +231,9 @@ def _files(checkpoint: str) -> Iterator[Any]:
     found = bridge.resolve(checkpoint)
     if not found.is_hub:
         for path in sorted(Path(found.location).glob("*.safetensors")):
-            with safe_open(path, framework="numpy") as file:
+            with bridge.explained(checkpoint, "weights"):
+                opened = safe_open(path, framework="numpy")
+            with opened as file:
                 yield file
 
 
@@ -285,7 +287,8 @@ def missing_pad_token(checkpoint: str) -> str | None:
         return None
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(found.location)
+    with bridge.explained(checkpoint, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(found.location)
     return None if tokenizer.pad_token is not None else tokenizer.eos_token or tokenizer.unk_token
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from lowres.bridges import bases, unreadable
 from lowres.bridges.kinds import auto_class
 from lowres.core.errors import InputError, Problem
 from lowres.core.learner import LoadRequest
@@ -69,21 +70,16 @@ def resolve(checkpoint: str) -> Checkpoint:
     return Checkpoint(checkpoint, is_hub=True)
 
 
-def _missing(checkpoint: str, why: str) -> InputError:
-    return InputError(
-        "the recipe",
-        [
-            Problem(
-                "model.checkpoint",
-                f"'{checkpoint}': {why} (give a hub id, a folder with config.json and safetensors, "
-                "or package:<module>/<path>)",
-            )
-        ],
-    )
+_FORMS = " (give a hub id, a folder with config.json and safetensors, or package:<module>/<path>)"
+
+
+def _missing(checkpoint: str, why: str, fix: str = _FORMS) -> InputError:
+    text = f"'{checkpoint}': {why}{fix}"
+    return InputError("the recipe", [Problem("model.checkpoint", text)])
 
 
 @contextlib.contextmanager
-def _explained(checkpoint: str) -> Iterator[None]:
+def explained(checkpoint: str, part: unreadable.Part) -> Iterator[None]:
     """Turn transformers' and the hub's errors into one line that names the value and the fix."""
     try:
         yield
@@ -92,8 +88,12 @@ def _explained(checkpoint: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "out of memory" in str(error) or "can't allocate" in str(error):
             raise
+        found = resolve(checkpoint)
+        known = unreadable.known(found.location, found.is_hub, part, error)
+        if known is not None:
+            raise _missing(checkpoint, known, fix="") from error
         first = str(error).strip().partition("\n")[0]
-        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        offline = found.is_hub and os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         hint = " (HF_HUB_OFFLINE is set: only cached checkpoints can be read)" if offline else ""
         raise _missing(checkpoint, f"it cannot be loaded: {first}{hint}") from error
 
@@ -103,7 +103,7 @@ def load_config(checkpoint: str, revision: str | None, trust_remote_code: bool) 
     from transformers import AutoConfig
 
     found = resolve(checkpoint)
-    with _explained(checkpoint):
+    with explained(checkpoint, "config"):
         return AutoConfig.from_pretrained(
             found.location, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -130,7 +130,7 @@ def load_model(
     torch.manual_seed(seed)
     from lowres.bridges import bitsandbytes, narrow
 
-    with _explained(request.checkpoint), _quiet(), narrow.reading_in(request.matrices):
+    with explained(request.checkpoint, "weights"), _quiet(), narrow.reading_in(request.matrices):
         if request.init == "random":
             model = auto.from_config(
                 config, attn_implementation=request.attention, dtype=dtype,
@@ -202,7 +202,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    with _explained(checkpoint):
+    with explained(checkpoint, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(checkpoint).location, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -263,12 +263,15 @@ def generate(
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write an adapter (PEFT's format) or a model (transformers' format), and the tokenizer."""
+    """Write an adapter (PEFT's format, and a digest of its base) or a model (transformers' format),
+    and the tokenizer."""
     inner: Any = model
+    adapted = hasattr(inner, "peft_config")
     # Embeddings are never resized here; PEFT would ask the hub for the base's config to find out.
-    adapter = {"save_embedding_layers": False} if hasattr(inner, "peft_config") else {}
     with _quiet():
-        inner.save_pretrained(folder, **adapter)
+        inner.save_pretrained(folder, **({"save_embedding_layers": False} if adapted else {}))
+    if adapted:
+        bases.keep(model, folder)
     tokenizer.save_pretrained(folder)
 
 

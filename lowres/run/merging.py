@@ -2,7 +2,8 @@
 
 Over packed weights PEFT merges by unpacking, adding and packing again, which rounds away most of
 what was learned. Here the base is loaded again in `model.dtype`, and what comes out is compared
-with the adapter beside that base before it is written.
+with the adapter beside that base before it is written. That it is the adapter's own base is seen by
+`bridges.bases`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lowres.bridges import peft, transformers
+from lowres.bridges import bases, peft, transformers
 from lowres.core.errors import InputError, LowresError
 from lowres.core.example import Batch, collate
 from lowres.core.learner import Learner, LoadRequest
@@ -47,7 +48,9 @@ class Merged:
     effect: float
 
 
-def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
+def merge(
+    recipe: Recipe, adapter: str | Path, into: str | Path, *, same_base: bool = False
+) -> Merged:
     """Write the plain model that a run's adapter makes of its base.
 
     The models are in memory one after the other, on the CPU; the base takes what its parameters
@@ -57,9 +60,12 @@ def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
         recipe: Of the run.
         adapter: The folder that the run saved, `<output>/model`.
         into: A folder that is empty or not there.
+        same_base: Take the recipe's base for the one that the adapter was trained beside, whatever
+            is known of that: the same weights in another place or type.
 
     Raises:
-        InputError: When there is no such adapter, or it cannot be merged.
+        InputError: When there is no such adapter, it cannot be merged, or it was trained beside
+            another base.
         LowresError: When the adapter has no effect, or the merged model does not answer as the
             unmerged one; nothing is written.
     """
@@ -75,12 +81,12 @@ def merge(recipe: Recipe, adapter: str | Path, into: str | Path) -> Merged:
 
     over_trained = None
     if trained != plain:
-        learner = adapted(recipe, inputs, trained, adapter)
+        learner = adapted(recipe, inputs, trained, adapter, same_base)
         # Some adapters beside packed weights work under autocast alone, as they were trained.
         narrow = recipe.loop.precision != "no"
         with torch.autocast(next(learner.base.parameters()).device.type, torch.bfloat16, narrow):
             over_trained = logits_of(learner, batch)
-    learner = adapted(recipe, inputs, plain, adapter)
+    learner = adapted(recipe, inputs, plain, adapter, same_base)
     unmerged = logits_of(learner, batch)
     with peft.disabled(learner.base):
         effect = distance_of(logits_of(learner, batch), unmerged)
@@ -121,7 +127,13 @@ def _check(recipe: Recipe, adapter: Path, into: Path) -> None:
         raise InputError("merging", problems)
 
 
-def adapted(recipe: Recipe, inputs: build.Inputs, request: LoadRequest, adapter: Path) -> Learner:
+def adapted(
+    recipe: Recipe,
+    inputs: build.Inputs,
+    request: LoadRequest,
+    adapter: Path,
+    same_base: bool = False,
+) -> Learner:
     """A base with the adapter beside it, in evaluation mode."""
     from lowres.bridges.blocks import map_blocks
 
@@ -129,6 +141,8 @@ def adapted(recipe: Recipe, inputs: build.Inputs, request: LoadRequest, adapter:
     config = copy.deepcopy(inputs.config)
     seed = recipe.loop.seed
     model, fresh = transformers.load_model(request, config, inputs.encoder.pad_id, seed)
+    if not same_base:
+        bases.stop_at_other(model, request.revision, adapter)
     pretrained = recipe.model.init == "pretrained"
     blocks = map_blocks(model, fresh, pretrained, inputs.head == "classification")
     model = peft.load_adapter(model, adapter).eval()

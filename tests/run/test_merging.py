@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowres
-from lowres.bridges import peft, transformers
+from lowres.bridges import bases, peft, transformers
 from lowres.core.errors import InputError, LowresError
 from lowres.run import merging
 from lowres.run.build import build
@@ -157,3 +160,88 @@ def test_what_cannot_be_merged_is_refused_at_once(
         merging.merge(recipe(), tmp_path / "none", tmp_path / "full")
     texts = [p.text for p in refusal.value.problems]
     assert len(texts) == 2 and "no adapter" in texts[0] and "not empty" in texts[1]
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[..., str]:
+    """The checkpoint in another folder: with other values in one tensor, or in several files."""
+    from lowres.bridges.transformers import resolve
+
+    def copy(name: str, other: str | None = None, shards: bool = False) -> str:
+        folder = tmp_path / name
+        shutil.copytree(resolve(TINY["checkpoint"]).location, folder)
+        tensors = load_file(folder / "model.safetensors")
+        if other is not None:
+            tensors[other] = tensors[other] * 1.01
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if shards:
+            from transformers import AutoModelForCausalLM
+
+            model: Any = AutoModelForCausalLM.from_pretrained(folder)
+            (folder / "model.safetensors").unlink()
+            model.save_pretrained(folder, max_shard_size="1MB")
+            assert len(list(folder.glob("*.safetensors"))) > 1
+        return str(folder)
+
+    return copy
+
+
+def test_an_adapter_of_another_base_is_not_merged(
+    trained: Any, copied: Any, tmp_path: Path
+) -> None:
+    """Behaviour: a base of the same shapes, one tensor of which was trained; refused unless the
+    caller knows better. The same weights elsewhere and in other files are the same base."""
+    one, adapter = trained()
+    name = "model.layers.0.mlp.down_proj.weight"
+    other = dataclasses.replace(
+        one, model=dataclasses.replace(one.model, checkpoint=copied("other", other=name))
+    )
+    with pytest.raises(InputError, match=r"trained beside another base than '.*other'.* digest"):
+        merging.merge(other, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    merging.merge(other, adapter, tmp_path / "merged", same_base=True)
+    moved = dataclasses.replace(
+        one, model=dataclasses.replace(one.model, checkpoint=copied("moved", shards=True))
+    )
+    merging.merge(moved, adapter, tmp_path / "again")
+
+
+def adapter_of(folder: Path, digest: str | None = None, **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if digest is not None:
+        (folder / "base.json").write_text(digest)
+    return folder
+
+
+def loaded(place: str) -> Any:
+    return SimpleNamespace(name_or_path=place, config=SimpleNamespace())
+
+
+def test_without_a_digest_the_names_of_bases_are_compared(copied: Any, tmp_path: Path) -> None:
+    """Behaviour: adapters of plain PEFT; one folder has many names, and some bases have none."""
+    base, other = copied("base"), copied("other")
+    (tmp_path / "link").symlink_to(base)
+    adapter = adapter_of(tmp_path / "a", base_model_name_or_path=base)
+    for same in (base, str(tmp_path / "link"), f"{other}/../base", ""):
+        bases.stop_at_other(loaded(same), None, adapter)
+    for place in (other, "someone/model", str(tmp_path / "gone")):
+        with pytest.raises(InputError, match=f"'{base}', .* '{place}'; set model.checkpoint"):
+            bases.stop_at_other(loaded(place), None, adapter)
+    bases.stop_at_other(loaded(other), None, adapter_of(tmp_path / "a"))
+
+
+def test_a_named_revision_is_compared(tmp_path: Path) -> None:
+    """Behaviour: none is the hub's `main`."""
+    named = {"base_model_name_or_path": "someone/model"}
+    adapter = adapter_of(tmp_path / "a", **named, revision="main")
+    bases.stop_at_other(loaded("someone/model"), None, adapter)
+    with pytest.raises(InputError, match="revision 'main' of .* the recipe's is 'v2'"):
+        bases.stop_at_other(loaded("someone/model"), "v2", adapter)
+
+
+def test_a_damaged_digest_is_an_error(copied: Any, tmp_path: Path) -> None:
+    """Behaviour: it is not taken for none."""
+    adapter = adapter_of(tmp_path / "a", digest="{")
+    with pytest.raises(InputError, match="holds no digest"):
+        bases.stop_at_other(loaded(copied("base")), None, adapter)
