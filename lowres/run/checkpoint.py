@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -134,9 +133,9 @@ def load(accelerator: Any, folder: Path) -> None:
     """
     try:
         accelerate.load_state(accelerator, folder)
-    # Each kind of file has its own errors for one that ends too soon.
-    except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
-        if is_out_of_memory(error):
+    # Each kind of file has errors of its own for one that ends too soon or says something else.
+    except Exception as error:
+        if isinstance(error, LowresError) or is_out_of_memory(error):
             raise
         raise _damaged(folder, error) from error
 
