@@ -12,7 +12,19 @@ from typing import Any
 from lowres.core.errors import InputError, Problem
 
 FILE = "base.json"
+READ_FROM = "lowres_read_from"
+"""Attribute of a loaded model: the folder of its files. A hub id does not tell the revision."""
 _LOOKED_AT = 64
+
+
+def folder_of(location: str, revision: str | None) -> str | None:
+    """Where a checkpoint's files lie: the folder itself, or that of a hub id in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(location).is_dir():
+        return location
+    found = try_to_load_from_cache(location, "config.json", revision=revision)
+    return str(Path(found).parent) if isinstance(found, str) else None
 
 
 def keep(adapted: Any, folder: Path) -> None:
@@ -85,30 +97,16 @@ def _digest_of(model: Any) -> str | None:
 
 def _files(model: Any) -> list[Path]:
     """The safetensors that transformers reads for a model; none where they are not at hand."""
-    folder = _folder_of(model)
-    if folder is None:
+    place = getattr(model, READ_FROM, None) or model.name_or_path
+    if not place:
         return []
+    folder = Path(place)
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if not (folder / "model.safetensors").is_file() and index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     files = [folder / name for name in names]
     return files if all(file.is_file() for file in files) else []
-
-
-def _folder_of(model: Any) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    place = model.name_or_path
-    if not place or Path(place).is_dir():
-        return Path(place) if place else None
-    commit = getattr(model.config, "_commit_hash", None)
-    try:
-        found = try_to_load_from_cache(place, "config.json", revision=commit)
-    except HFValidationError:  # a folder that is there no longer
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _samples(file: Path) -> Iterator[tuple[str, str, bytes]]:

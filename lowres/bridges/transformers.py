@@ -138,8 +138,9 @@ def load_model(
             )  # fmt: skip
             fresh = [name for name, _ in model.named_parameters()]
         else:
+            location = resolve(request.checkpoint).location
             model, report = auto.from_pretrained(
-                resolve(request.checkpoint).location,
+                location,
                 config=config,
                 revision=request.revision,
                 dtype=dtype,
@@ -151,6 +152,7 @@ def load_model(
                 ignore_mismatched_sizes=request.head == "classification",
                 **request.options,
             )
+            setattr(model, bases.READ_FROM, bases.folder_of(location, request.revision))
             fresh = sorted(set(report["missing_keys"]) | {k[0] for k in report["mismatched_keys"]})
     model.config.pad_token_id = pad_id
     model.config.use_cache = False

@@ -15,7 +15,7 @@ _FILES: dict[Part, tuple[str, ...]] = {
     "tokenizer": ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json"),
     "weights": ("*.safetensors",),
 }
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _POINTER = b"version https://git-lfs"
 
 
@@ -26,7 +26,7 @@ def known(location: str, is_hub: bool, part: Part, error: Exception) -> str | No
         location: A folder or, with `is_hub`, a hub id.
         part: What was being read.
     """
-    if "trust_remote_code=True" in str(error):
+    if "custom code" in str(error) and "trust_remote_code" in str(error):
         return (
             "its config names code that comes with it (auto_map), which is run only where that is "
             "asked for; read that code, then add --set model.trust_remote_code=true"
@@ -57,19 +57,19 @@ def _of_folder(folder: Path, part: Part) -> str | None:
             "from into it"
         )
     if part == "weights":
-        pickles = [] if files else [file.name for file in _matching(folder, _PICKLES)]
-        return _of_pickles(folder, pickles) if pickles else _of_damaged(files)
+        unsafe = [] if files else [file.name for file in _matching(folder, _UNSAFE)]
+        return _of_unsafe(folder, unsafe[0]) if unsafe else _of_damaged(files)
     return None
 
 
-def _of_pickles(folder: Path, names: list[str]) -> str:
+def _of_unsafe(folder: Path, name: str) -> str:
     # Each class of model reads its own names; AutoModel would drop the head.
     try:
         maker = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     except (ValueError, KeyError, IndexError, TypeError):
         maker = "AutoModelForCausalLM"
     return (
-        f"its weights are pickled ({names[0]}), which is not read since a pickle can run code; "
+        f"No pickle is read, since loading it can run code, and its weights are one ({name}); "
         'where you trust it write model.safetensors beside it: python -c "import transformers; '
         f"transformers.{maker}.from_pretrained('{folder}').save_pretrained('{folder}')\""
     )

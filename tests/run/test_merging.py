@@ -215,7 +215,7 @@ def adapter_of(folder: Path, digest: str | None = None, **config: Any) -> Path:
 
 
 def loaded(place: str) -> Any:
-    return SimpleNamespace(name_or_path=place, config=SimpleNamespace())
+    return SimpleNamespace(name_or_path=place)
 
 
 def test_without_a_digest_the_names_of_bases_are_compared(copied: Any, tmp_path: Path) -> None:
@@ -229,6 +229,22 @@ def test_without_a_digest_the_names_of_bases_are_compared(copied: Any, tmp_path:
         with pytest.raises(InputError, match=f"'{base}', .* '{place}'; set model.checkpoint"):
             bases.stop_at_other(loaded(place), None, adapter)
     bases.stop_at_other(loaded(other), None, adapter_of(tmp_path / "a"))
+
+
+def test_files_of_a_base_of_the_hub_are_found_by_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: found in the cache by the recipe's revision."""
+    from huggingface_hub import constants
+
+    local = transformers.resolve(TINY["checkpoint"]).location
+    cache = tmp_path / "models--me--tiny"
+    shutil.copytree(local, cache / "snapshots" / ("a" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "v2").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert bases.folder_of("me/tiny", "v2") == str(cache / "snapshots" / ("a" * 40))
+    assert bases.folder_of("me/tiny", None) is None and bases.folder_of(local, None) == local
 
 
 def test_a_named_revision_is_compared(tmp_path: Path) -> None:
