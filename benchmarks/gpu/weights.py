@@ -46,7 +46,7 @@ def fresh_model(
     auto = auto_class(request.head, config)
     if request.head == "classification":
         config.num_labels = request.labels
-    with bridge._explained(request.checkpoint), bridge._quiet(), no_init_weights():
+    with bridge.explained(request.checkpoint, "config"), bridge._quiet(), no_init_weights():
         model = auto.from_config(
             config, attn_implementation=request.attention, dtype=getattr(torch, request.dtype)
         )
