@@ -16,7 +16,7 @@ from lowres.core.errors import InputError
 from lowres.core.recipe import Recipe
 from lowres.core.record import RunRecord
 from lowres.run.checkpoint import checkpoints
-from lowres.run.output import LOSSES, RECIPE, RECORD, stem
+from lowres.run.output import LOSSES, RECORD, stem
 
 if sys.platform != "win32":
     import fcntl
@@ -130,10 +130,11 @@ def begin(recipe: Recipe, asked: Path | None) -> Claim:
 
 
 def _never_trained(folder: Path, content: set[str]) -> bool:
-    """Whether a run left all of it before its first update, with nothing that is worth keeping."""
+    """Whether a run left all of it before its first update, with nothing that is worth keeping. A
+    recipe is: it may be the user's own, even the one that is to run."""
     record = _record_in(folder)
     return (
-        content <= {RECORD, RECIPE, LOSSES}
+        content <= {RECORD, LOSSES}
         and (RECORD not in content or (record is not None and not record.losses))
         and (LOSSES not in content or not (folder / LOSSES).stat().st_size)
     )
