@@ -62,7 +62,6 @@ def plan(
             inputs, shapes = inputs_for(recipe)
     except InputError as error:
         raise recipe.located(error) from error
-    resident_bytes = psutil.Process().memory_info().rss
     target = target_of(device)
     notes: list[str] = []
     try:
@@ -86,7 +85,8 @@ def plan(
     # On a CPU the device's memory is the host's.
     own = (p.live_bytes if target.kind == "cpu" else 0 for p in phases.values())
     host_bytes = max(map(sum, zip(own, (p.host_bytes for p in phases.values()), strict=True)))
-    host_bytes += resident_bytes
+    # Read after the rehearsal: by now all is imported that a run of the recipe imports.
+    host_bytes += psutil.Process().memory_info().rss
     return MemoryPlan(
         recipe=recipe.resolved(),
         digest=recipe.digest,
