@@ -152,11 +152,14 @@ def execute(
         raise
     finally:
         reporter.end()
-        # What an earlier part of the run wrote is worth more than an attempt that made nothing.
-        went_on = session is not None and session.progress.step > begun
         if not refused:
-            write = found is None or went_on or record.outcome == "ok"
-            _finish(record, session, meter, accelerator, folder, recipe, started, reporter, write)
+            _fill(record, session, meter, started)
+            # What an earlier part of the run wrote is worth more than an attempt that made nothing.
+            went_on = session is not None and session.progress.step > begun
+            worth = found is None or went_on or record.outcome == "ok"
+            if worth and accelerator.is_main_process:
+                _write(record, recipe, folder, reporter)
+            accelerate.end_trackers(accelerator)
         if own is not None:
             own.release(if_empty=refused)
     return record
@@ -247,18 +250,8 @@ def _save_model(
     accelerator.wait_for_everyone()
 
 
-def _finish(
-    record: RunRecord,
-    session: TrainingSession | None,
-    meter: Meter,
-    accelerator: Any,
-    folder: Path,
-    recipe: Recipe,
-    started: float,
-    reporter: Reporter,
-    write: bool,
-) -> None:
-    """Fill in what was measured and, where asked to, write the record and the model's card."""
+def _fill(record: RunRecord, session: TrainingSession | None, meter: Meter, started: float) -> None:
+    """Fill in what was measured, as far as the run came."""
     record.seconds = time.monotonic() - started
     record.measured.phases = meter.phases
     record.measured.allocator_retries = meter.allocator_retries()
@@ -273,13 +266,14 @@ def _finish(
         record.measured.train_seconds = session.progress.train_seconds
     if record.error:
         record.events.append(Event(len(record.losses), record.outcome, record.error))
-    if accelerator.is_main_process:
-        try:
-            if write:
-                output.write_record(folder, record)
-            if write and (folder / output.MODEL).is_dir():
-                output.write_card(folder / output.MODEL, recipe, record)
-        except OSError as error:
-            # Said, not raised: it must not hide what ended the run.
-            reporter.say(f"the record could not be written to {folder}: {error}")
-    accelerate.end_trackers(accelerator)
+
+
+def _write(record: RunRecord, recipe: Recipe, folder: Path, reporter: Reporter) -> None:
+    """Write the record, and the card of the model if that was saved."""
+    try:
+        output.write_record(folder, record)
+        if (folder / output.MODEL).is_dir():
+            output.write_card(folder / output.MODEL, recipe, record)
+    except OSError as error:
+        # Said, not raised: it must not hide what ended the run.
+        reporter.say(f"the record could not be written to {folder}: {error}")
