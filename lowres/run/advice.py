@@ -1,14 +1,15 @@
 """Which method to try first: ranked by records at hand and by what papers found, with the evidence.
 
 A method's place in a comparison lies between 0 (its worst) and 1 (its best); its score is the mean
-of its places, weighted by how near a comparison is to what is asked, with one part of .5 so that
-little evidence decides little. A method without any is not ranked: nothing is known of it.
+of its places, weighted by how near a comparison is to what is asked and, for runs, by how far they
+differ beyond chance, with one part of .5 so that little evidence decides little. A method without
+any is not ranked: nothing is known of it.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ from lowres.run.starting import starting_recipe
 
 OWN, OTHER_MODEL, PAPER, DISTANT = 4.0, 2.0, 2.0, 0.25
 """Weights: a record of this model; of another one; a paper of such tasks and sizes; of others."""
+OTHER_KIND = 0.5
+"""Times these, where the model is of another kind, as an encoder is beside a decoder."""
 NEAR_ROWS = 10
 """A record speaks for task sizes up to so many times more or fewer rows."""
 TASKS: dict[TaskKind, str] = {"classification": "sst2", "generation": "gsm8k"}
@@ -32,6 +35,8 @@ TASKS: dict[TaskKind, str] = {"classification": "sst2", "generation": "gsm8k"}
 
 Setting = tuple[str, float]
 """All of a recipe but its seed, and the learning rate."""
+Scored = tuple[float, float]
+"""A run's score and its standard error over the rows that it was scored on."""
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Evidence:
     """One comparison's word on a method.
 
     Args:
+        near: Whether it is of such tasks, sizes and inputs.
         apart: In what it differs from what is asked; empty where in nothing.
     """
 
@@ -48,6 +54,7 @@ class Evidence:
     says: str
     place: float
     weight: float
+    near: bool
     apart: str = ""
 
 
@@ -132,10 +139,11 @@ def _of_paper(table: Comparison, method: str, sort: Kind, rows: int, kind: TaskK
     near = table.speaks_for(rows, kind)
     apart = ["" if near else "of other tasks or sizes", _otherwise(table.model, sort)]
     near &= _reads(table.model) == _reads(sort)
+    weight = (PAPER if table.model == sort else PAPER * OTHER_KIND) if near else DISTANT
     digest = " (from a digest of it)" if table.basis == "digest" else ""
     return Evidence(
         table.source + digest, table.url, table.setting, table.told(method),
-        table.places()[method], PAPER if near else DISTANT, ", ".join(filter(None, apart)),
+        table.places()[method], weight, near, ", ".join(filter(None, apart)),
     )  # fmt: skip
 
 
@@ -164,7 +172,7 @@ def _of_records(
     records: Iterable[RunRecord], model: str, sort: Kind, rows: int, kind: TaskKind
 ) -> Iterator[dict[str, Evidence]]:
     """For each model, task, split and size that several methods were run on: their places."""
-    groups: dict[tuple[Any, ...], dict[str, dict[Setting, list[float]]]] = {}
+    groups: dict[tuple[Any, ...], dict[str, dict[Setting, list[Scored]]]] = {}
     for record in records:
         told = _score_of(record)
         if told is not None:
@@ -174,33 +182,56 @@ def _of_records(
     sorts = {checkpoint: _sort_of(checkpoint) for checkpoint, *_ in groups if checkpoint != model}
     for (checkpoint, task, split, metric, trained, asks, higher), methods in groups.items():
         sign = 1.0 if higher else -1.0
-        means = {m: max((sign * statistics.fmean(v), len(v), lr) for (_, lr), v in s.items())
-                 for m, s in methods.items()}  # fmt: skip
-        low, high = min(m for m, *_ in means.values()), max(m for m, *_ in means.values())
+        best = {m: max((sign * _mean(v), len(v), lr, v) for (_, lr), v in s.items())
+                for m, s in methods.items()}  # fmt: skip
+        low, high = min(m for m, *_ in best.values()), max(m for m, *_ in best.values())
         if high == low:
             continue  # One method alone, or all the same: no order.
         same = checkpoint == model
         theirs = sort if same else sorts[checkpoint]
-        weight = OWN if same else OTHER_MODEL
         near = rows / NEAR_ROWS <= trained <= rows * NEAR_ROWS and asks == kind
-        weight *= 1.0 if near else 0.25
+        weight = (OWN if same else OTHER_MODEL) * (1.0 if near else 0.25)
+        weight *= 1.0 if theirs == sort else OTHER_KIND
         if theirs is not None and _reads(theirs) != _reads(sort):
-            weight = DISTANT
-        apart = ["" if near else "of other tasks or sizes", _otherwise(theirs, sort)]
+            near, weight = False, DISTANT
+        share = beyond_chance([runs for *_, runs in best.values()])
+        apart = ["" if near else "of other tasks or sizes", _otherwise(theirs, sort),
+                 "mostly chance" if share < 0.5 else ""]  # fmt: skip
         measured = f"{task}, {trained} rows, {metric} on {split}"
         yield {
             m: Evidence(
                 f"records of {'this model' if same else checkpoint}", None, measured,
                 f"{sign * mean:.3g}, mean of {n} run(s) at its best setting (optimizer.lr {lr:g}), "
-                f"between {sign * low:.3g} and {sign * high:.3g}",
-                place(mean, low, high), weight, ", ".join(filter(None, apart)),
+                f"between {sign * low:.3g} and {sign * high:.3g}, {share:.0%} of the variance "
+                "beyond chance",
+                place(mean, low, high), weight * share, near, ", ".join(filter(None, apart)),
             )
-            for m, (mean, n, lr) in means.items()
+            for m, (mean, n, lr, _) in best.items()
         }  # fmt: skip
 
 
-def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], Setting, float] | None:
-    """What group a record belongs to, its settings but for the seed, and its score."""
+def _mean(runs: Sequence[Scored]) -> float:
+    return statistics.fmean(value for value, _ in runs)
+
+
+def beyond_chance(compared: Sequence[Sequence[Scored]]) -> float:
+    """Share of the variance between methods' means that is not to be expected of equal methods.
+
+    Args:
+        compared: Each method's runs with different seeds; two methods or more, not all alike.
+
+    Returns:
+        0 to 1. Chance is that of the rows scored on, and of seeds as far as any method has several.
+    """
+    between = statistics.variance(map(_mean, compared))
+    rows = statistics.fmean(error**2 for runs in compared for _, error in runs)
+    of_seeds = [statistics.variance(v for v, _ in runs) for runs in compared if len(runs) > 1]
+    seeds = statistics.fmean(of_seeds or [0.0]) * statistics.fmean(1 / len(r) for r in compared)
+    return max(0.0, 1.0 - (rows + seeds) / between)
+
+
+def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], Setting, Scored] | None:
+    """What group a record belongs to, its settings but for the seed, and how it scored."""
     recipe = record.recipe
     trained = next((d.rows for d in record.data if d.split == "train"), 0)
     seen = len(record.losses) * recipe["loop"]["global_batch_size"]
@@ -217,7 +248,11 @@ def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], Setting, float] | Non
            cls.higher_is_better)  # fmt: skip
     setting = {k: v for k, v in recipe.items() if k not in ("loop", "budget", "schema")}
     loop = {k: v for k, v in recipe["loop"].items() if k != "seed"}
-    return key, (repr((setting, loop)), float(recipe["optimizer"]["lr"])), score.value
+    return (
+        key,
+        (repr((setting, loop)), float(recipe["optimizer"]["lr"])),
+        (score.value, score.stderr),
+    )
 
 
 def _unknown(one: Advice, model: str, sort: Kind, rows: int, kind: TaskKind) -> Iterator[str]:
@@ -226,6 +261,6 @@ def _unknown(one: Advice, model: str, sort: Kind, rows: int, kind: TaskKind) -> 
         return
     if not any(e.source == "records of this model" for e in one.evidence):
         yield f"no record of it on {model}"
-    if all(e.weight <= DISTANT for e in one.evidence):
+    if not any(e.near for e in one.evidence):
         of = " of images" if sort == "vision" else ""
         yield f"nothing on {kind}{of} with about {rows:,} rows"

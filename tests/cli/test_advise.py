@@ -110,7 +110,10 @@ def test_records_of_the_model_come_before_papers() -> None:
     assert not any("no record" in gap for gap in found["full"].unknown)
     # Of another size they speak less, and of another model they are named.
     far = advice.advise(MINILM, 50, 8.0, None, cola())
-    assert {e.weight for a in far for e in a.evidence if e.url is None} == {1.0}
+    near, less = ({e.weight for a in of for e in a.evidence if e.url is None}
+                  for of in (found.values(), far))  # fmt: skip
+    assert less == {min(near) / advice.OWN} and 0.8 < min(less) < 1, "most is beyond chance"
+    assert f"{min(less):.0%} of the variance beyond chance" in first.says
     other = advice.advise(TINY, 8000, 8.0, "classification", cola())
     assert any(f"records of {MINILM}" == e.source for a in other for e in a.evidence)
 
@@ -142,9 +145,8 @@ def test_what_is_known_of_another_kind_of_model_is_told_as_such(
         record.recipe["model"]["checkpoint"] = "./nowhere"
     found = advice.advise(str(tmp_path), 50, 8.0, None, records)
     text = [e for one in found for e in one.evidence]
-    assert text and {e.weight for e in text if e.source != "records of ./nowhere"} == {
-        advice.DISTANT
-    }
+    elsewhere = [e for e in text if e.source != "records of ./nowhere"]
+    assert elsewhere and all(e.weight <= advice.DISTANT and not e.near for e in elsewhere)
     assert all("of another kind of model (" in e.apart and " of text)" in e.apart for e in text
                if e.source != "records of ./nowhere")  # fmt: skip
     assert any("of a model of unknown kind" in e.apart for e in text)
@@ -153,7 +155,11 @@ def test_what_is_known_of_another_kind_of_model_is_told_as_such(
     assert "nothing on classification of images with about 50 rows" in lora.unknown
     near = [e for one in advice.advise(TINY, 50, 8.0, "classification", ()) for e in one.evidence]
     t0 = {(e.apart, e.weight) for e in near if e.setting.startswith("T0-3B")}
-    assert t0 == {("of another kind of model (encoder_decoder)", advice.PAPER)}
+    half = advice.PAPER * advice.OTHER_KIND
+    assert t0 == {("of another kind of model (encoder_decoder)", half)}
+    asked = advice.advise(TINY, 1000, 8.0, "classification", ())
+    decoders = [e for one in asked for e in one.evidence if e.near and not e.apart]
+    assert {e.weight for e in decoders} == {advice.PAPER}
     told = command("advise", "--model", tmp_path, "--task-size", 50, "--device-gib", 8)
     assert "evidence: Few-Shot" not in told.stdout
     assert "2022 (of another kind of model (encoder_decoder of text))" in told.stdout
@@ -170,6 +176,23 @@ def test_runs_that_hardly_differ_say_hardly_anything() -> None:
     near = 0.5 * 0.001 / (0.871 / 20)
     places = [e.place for m in ("lora", "ia3") for e in found[m].evidence if e.url is None]
     assert places == pytest.approx([0.5 - near, 0.5 + near])
+
+
+def test_differences_within_chance_carry_no_weight() -> None:
+    """Closed form: the variance between means without that of rows and of seeds."""
+    alone = [[(0.8, 0.01)], [(0.9, 0.01)]]
+    assert advice.beyond_chance(alone) == pytest.approx(1 - 0.01**2 / 0.005)
+    # Means .8 and .9; one method's seeds have variance .0002, and there are 2 runs and 1.
+    several = [[(0.79, 0.01), (0.81, 0.01)], [(0.9, 0.01)]]
+    assert advice.beyond_chance(several) == pytest.approx(1 - (0.0001 + 0.0002 * 0.75) / 0.005)
+    assert advice.beyond_chance([[(0.8, 0.1)], [(0.9, 0.1)]]) == 0.0
+    records = cola()
+    for record in records:
+        for score in record.scores:
+            score.stderr = 1.0
+    found = advice.advise(MINILM, 8000, 8.0, None, records)
+    mine = [e for one in found for e in one.evidence if e.url is None]
+    assert mine and {(e.weight, e.apart) for e in mine} == {(0.0, "mostly chance")}
 
 
 def test_a_run_that_saw_less_than_its_rows_tells_nothing() -> None:
