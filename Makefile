@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow check results planning format clean
+.PHONY: quickstart test slow results planning format clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -17,7 +17,7 @@ from benchmarks.levers import ROOT
 from benchmarks.methods import records
 from benchmarks.methods_page import saved
 from lowres.core.record import Score, from_file
-from lowres.run.suite import as_good_as_best
+from lowres.run.searching import as_good_as_best
 
 ASSET = ROOT / "lowres" / "assets" / "methods" / "found.json"
 SEARCHES = ROOT / "benchmarks" / "records"
@@ -38,22 +38,23 @@ def found() -> dict[str, Any]:
 
 def good_rates() -> dict[str, list[dict[str, Any]]]:
     """Of each method the smallest rate of each search that is as good as the best one, with all."""
-    tried: dict[tuple[str, ...], dict[float, Score]] = defaultdict(dict)
+    tried: dict[tuple[Any, ...], dict[float, Score]] = defaultdict(dict)
     for file in sorted(SEARCHES.glob("*/cpu/search/*.json")):
         record = from_file(file)
         recipe = record.recipe
         scores = {s.metric: s for s in record.final_scores() if s.split == "held_out"}
         score = next(scores[m] for m in METRICS if m in scores)
         task, model = recipe["task"]["name"], recipe["model"]["checkpoint"]
-        key = (recipe["method"]["name"], file.parent.parent.parent.name, task, model,
+        rows = next(d.rows for d in record.data if d.split == "train")
+        key = (recipe["method"]["name"], file.parent.parent.parent.name, task, rows, model,
                recipe["optimizer"]["name"])  # fmt: skip
         tried[key][recipe["optimizer"]["lr"]] = score
     out: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for (method, _, task, model, optimizer), scored in tried.items():
+    for (method, _, task, rows, model, optimizer), scored in tried.items():
         # All the same: nothing was learned, and nothing is told.
         if len({s.value for s in scored.values()}) > 1:
             told = {"rate": as_good_as_best(scored), "tried": sorted(scored), "task": task,
-                    "model": model, "optimizer": optimizer}  # fmt: skip
+                    "rows": rows, "model": model, "optimizer": optimizer}  # fmt: skip
             out[method].append(told)
     return out
 

@@ -67,7 +67,9 @@ def command(
         _print(number, one)
     rest = ", ".join(one.method + _cannot(one) for one in found if one.score is None)
     typer.echo(f"nothing is known of: {rest or 'none'}")
-    typer.echo("a score is the mean place in its comparisons, from 0 to 1; see docs/methods.md")
+    typer.echo(
+        "a score is the weighted mean place in its comparisons, from 0 to 1; see docs/methods.md"
+    )
     typer.echo(
         f"planned: the first {possible.PLANNED} that may fit; 'at least' is without activations"
     )

@@ -38,7 +38,8 @@ def command(
         Optional[float], typer.Option(help="Resident memory that the process may take.")
     ] = None,
     minutes: Annotated[
-        Optional[float], typer.Option(help="Written into the recipe as its time budget.")
+        Optional[float],
+        typer.Option(help="Planned training time at most; also the recipe's time budget."),
     ] = None,
     objective: Annotated[
         Goal,

@@ -127,7 +127,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         rates = ", ".join(f"{rate:g}" for rate in told["tried"])
         typer.echo(
             f"  as good as the best of {rates} in runs: {told['rate']:g} ({told['task']}, "
-            f"{told['model']}, {told['optimizer']})"
+            f"{told['rows']:,} rows, {told['model']}, {told['optimizer']})"
         )
     typer.echo("refuses:" if facts["refuses"] else "refuses: nothing")
     for circumstance, why in facts["refuses"].items():

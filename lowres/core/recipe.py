@@ -186,7 +186,8 @@ class Recipe:
         """16 hex digits over what the run computes; two recipes of equal digest are the same run.
 
         The budget, trackers, checkpoint and evaluation intervals are left out: changing them
-        changes no weight.
+        changes no weight. So is the micro-batch, which changes them by rounding, and otherwise only
+        where a pass draws numbers: a run that was short of memory must go on with a smaller one.
         """
         resolved = self.resolved()
         del resolved["budget"]

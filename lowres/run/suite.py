@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
 from lowres.core.record import RunRecord, Score
 from lowres.run.output import RECORD
+from lowres.run.searching import Search, as_good_as_best, to_try
 
 
 class RunFailed(LowresError):
@@ -35,32 +36,6 @@ class RunFailed(LowresError):
 
 KEPT = ("ok", "oom", "does_not_fit", "diverged")
 """Outcomes that are results; the others say that the run has to be made again."""
-
-
-@part
-class Search:
-    """How a value is chosen before the seeds are run.
-
-    Args:
-        key: The recipe key that is searched.
-        values: For each recipe the values to try; equally many for all, so that none is favoured.
-        times_hint: In place of `values`: factors on the upper end of the learning rates that the
-            recipe's method recommends.
-        then_times: On tasks after the first, in place of all that: factors on what the first chose.
-        settings: `key=value` changes for the search runs, such as held-out rows to score on.
-        split, metric: What decides. Without a metric the task's main one. Of the values whose score
-            is within one standard error of the best, what the first task chose is taken, else the
-            smallest: the final runs are longer, and at the largest rate that one run survived
-            another seed may fail.
-    """
-
-    key: str
-    settings: tuple[str, ...]
-    split: str
-    metric: str | None = None
-    values: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    times_hint: tuple[float, ...] = ()
-    then_times: tuple[float, ...] = ()
 
 
 @part
@@ -153,7 +128,7 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
                     continue
                 search, tried = suite.search, home / "search"
                 try:
-                    values = _values(search, name, load_recipe(recipe, settings), first.get(name))
+                    values = to_try(search, name, load_recipe(recipe, settings), first.get(name))
                     best = _searched(
                         search, name, recipe, settings, values, tried, scratch, say, first.get(name)
                     )
@@ -206,24 +181,14 @@ def _groups(
         yield f"{suite.name}-{task}", settings, entries
 
 
-def _values(search: Search, name: str, plain: Recipe, before: float | None) -> list[float]:
-    """What to try, from small to large; `before` is what an earlier task chose."""
-    if before is not None and search.then_times:
-        made = [before * factor for factor in search.then_times]
-    elif name in search.values:
-        return sorted(search.values[name])
-    else:
-        highest = plain.method.learning_rate_hint[1]
-        made = [highest * factor for factor in search.times_hint]
-    return sorted(float(f"{value:.3g}") for value in made)
-
-
 def _searched(
     search: Search, name: str, recipe: str, settings: Sequence[str], values: Sequence[float],
     home: Path, scratch: Path, say: Callable[[str], None], before: float | None = None,
 ) -> float:  # fmt: skip
     """The value that all runs of the method take."""
-    metric = search.metric or load_recipe(recipe, settings).task.metric
+    task = load_recipe(recipe, settings).task
+    metric = search.metric or task.metric
+    sign = 1.0 if metric != task.metric or task.higher_is_better else -1.0
     found: dict[float, Score] = {}
     for value in values:
         changes = [*settings, *search.settings, f"{search.key}={value!r}"]
@@ -238,19 +203,10 @@ def _searched(
                 found[value] = score
     if not found:
         raise RunFailed(f"no run of '{name}' scored {metric} on {search.split}")
-    best = as_good_as_best(found, before)
+    best = as_good_as_best(found, before, sign)
     table = ", ".join(f"{v:g}: {s.value:.3f} +- {s.stderr:.3f}" for v, s in found.items())
     say(f"{name}: {search.key} {best:g} ({search.split} {metric} by value: {table})")
     return best
-
-
-def as_good_as_best(scores: Mapping[float, Score], before: float | None = None) -> float:
-    """The smallest value that scores as the best one does, but for one standard error; if it is one
-    of them, what was chosen `before`.
-    """
-    top = max(scores.values(), key=lambda score: score.value)
-    good = [value for value, s in scores.items() if s.value >= top.value - top.stderr]
-    return before if before in good else min(good)
 
 
 def _one(
@@ -259,12 +215,7 @@ def _one(
     wanted = load_recipe(recipe, changes)
     if target.exists():
         there = record_module.from_file(target)
-        same_task = there.recipe["task"] == wanted.resolved()["task"]
-        if (
-            there.digest == wanted.digest
-            and same_task
-            and there.task_version == wanted.task.version
-        ):
+        if there.task_version == wanted.task.version and _is(there, wanted):
             return there
         raise InputError(
             f"'{target}'",
@@ -286,6 +237,15 @@ def _one(
     shutil.copyfile(written, target)
     shutil.rmtree(scratch, ignore_errors=True)
     return record_module.from_file(target)
+
+
+def _is(record: RunRecord, wanted: Recipe) -> bool:
+    """Whether the run is the wanted one; keys that came since it was made have their defaults."""
+    try:
+        made = load_recipe(record.recipe)
+    except InputError:
+        return False
+    return made.digest == wanted.digest and made.resolved()["task"] == wanted.resolved()["task"]
 
 
 def _device() -> str:

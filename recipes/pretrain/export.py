@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowres.core import record as record_module
 from lowres.core import registry
 from lowres.core.learner import Encoder
-from lowres.core.reading import load_recipe
 from lowres.core.record import RunRecord
 
 DISCOUNT = 0.75
@@ -85,7 +84,7 @@ def stage(record: RunRecord) -> str:
     tokens = len(record.losses) * loop["global_batch_size"] * loop["max_length"]
     return (
         f"`lowres run recipes/pretrain/{record.id.rsplit('-', 2)[0]}.yaml` (digest "
-        f"{load_recipe(record.recipe).digest}): {len(record.losses)} updates of "
+        f"{record.digest}): {len(record.losses)} updates of "
         f"{loop['global_batch_size']} windows of {loop['max_length']} tokens "
         f"({tokens / 1e6:.1f} M), {(record.measured.train_seconds or 0) / 60:.0f} minutes on "
         f"{record.environment['cores']} CPU cores"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import yaml
 from lowres.core import registry
 from lowres.core.errors import InputError
 from lowres.core.reading import load_recipe
-from lowres.core.record import Score
+from lowres.core.record import Score, from_file, to_json
 from lowres.run import suite as suite_module
+from lowres.run.searching import as_good_as_best
+from tests.conftest import ROOT
 
 
 def written(folder: Path, **changes: Any) -> Path:
@@ -104,7 +107,24 @@ def test_what_was_chosen_before_is_kept_unless_another_is_better(
 ) -> None:
     """Closed form: by more than one standard error, .05."""
     told = {v: Score("held_out", "accuracy", s, 0.05, 50, None, 1) for v, s in scores.items()}
-    assert suite_module.as_good_as_best(told, before=4.0) == taken
+    assert as_good_as_best(told, before=4.0) == taken
+    losses = {v: replace(s, value=-s.value) for v, s in told.items()}
+    assert as_good_as_best(losses, 4.0, sign=-1.0) == taken
+
+
+def test_a_record_from_before_a_key_came_is_still_of_its_recipe(tmp_path: Path) -> None:
+    """Behaviour: what a record does not say had its default; another value is another run."""
+    runs = ROOT / "benchmarks" / "records" / "methods-minilm-sst2" / "cpu"
+    old = from_file(runs / "lora-seed0.json")
+    wanted = load_recipe(old.recipe)
+    assert old.digest == wanted.digest
+    del old.recipe["model"]["dropout"], old.recipe["task"]["folder"]
+    old.digest = "0" * 16
+    target = tmp_path / "one.json"
+    target.write_text(to_json(old))
+    assert suite_module._one(old.recipe, [], target, tmp_path, print).digest == old.digest
+    with pytest.raises(InputError, match="of another recipe"):
+        suite_module._one(old.recipe, ["model.dropout=0.5"], target, tmp_path, print)
 
 
 def test_later_tasks_search_around_what_the_first_chose(

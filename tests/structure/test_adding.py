@@ -57,18 +57,22 @@ def contracts(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 def test_the_page_on_adding_a_method_works_as_written(checkout: Path) -> None:
-    """Behaviour: the file of the page, dropped in, is listed and takes every contract, unnamed."""
+    """Behaviour: the file of the page, dropped in, is listed, shown and takes every contract."""
     page = (ROOT / "docs" / "adding.md").read_text()
     (path,) = re.findall(r"Write `(lowres/methods/\w+\.py)`", page)
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (checkout / path).write_text(code)
     name = Path(path).stem
-    listed = subprocess.run(
-        [sys.executable, "-m", "lowres", "list", "methods"],
-        cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert name in listed.stdout
+    for words, told in (
+        (["list", "methods"], name),
+        (["show", "method", name], "class: selective"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "lowres", *words],
+            cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert told in done.stdout, done.stderr
     done = contracts(checkout, "tests/contracts/test_methods.py", "-k", f"{name} and encoder",
                      "-m", "not gpu")  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
