@@ -63,8 +63,8 @@ def make(recipe: Recipe) -> Any:
         return made
     except (ValueError, RuntimeError) as error:
         if divides:
-            text = f"DeepSpeed does not start with these settings: {error}"
-            raise InputError("the recipe", [Problem("levers.zero", text)]) from error
+            text = f"'zero': DeepSpeed does not start with these settings: {error}"
+            raise InputError("the recipe", [Problem("levers", text)]) from error
         if loop.precision == "no":
             raise
         raise InputError(

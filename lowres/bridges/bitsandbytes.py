@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowres.bridges import bitsandbytes_cpu
+from lowres.bridges.narrow import as_linear_takes
 
 _logger = logging.getLogger("bitsandbytes")
 _level = _logger.level
@@ -130,7 +131,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, bias = _as_linear_takes(x, self.bias)
+        x, bias = as_linear_takes(x, self.bias)
         state = self.weight.quant_state
         wants_grad = torch.is_grad_enabled() and (
             x.requires_grad or (bias is not None and bias.requires_grad)
@@ -152,22 +153,13 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
         # PEFT 0.21, reading the matrix of a layer on a CPU, puts a parameter without scales there.
         if self.weight.CB is not None and self.weight.SCB is not None:
             self.init_8bit_state()
-        x, bias = _as_linear_takes(x, self.bias)
+        x, bias = as_linear_takes(x, self.bias)
         exact = self.training or torch.is_grad_enabled()
         unpacks = exact and not has_integer_products(x.device)
         multiply = _Unpacked if unpacks else _Integer
         # Some shapes and CPUs have integers multiplied as float32, which autocast would round.
         with torch.autocast(x.device.type, enabled=False):
             return multiply.apply(x, self.weight, None, bias, self.state)
-
-
-def _as_linear_takes(
-    x: torch.Tensor, bias: nn.Parameter | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Input and bias in autocast's type where it is on, else in the input's."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return x.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def has_integer_products(device: torch.device) -> bool:

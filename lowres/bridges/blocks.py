@@ -10,11 +10,11 @@ from torch import nn
 from lowres.core.blocks import Blocks
 from lowres.core.errors import InputError, LowresError, Problem
 
-# Parameters outside the blocks that act before the first one. Not by registration order: OPT
-# registers its final norm before its blocks.
 _HEADS = ("classifier", "score")
 """How names of modules end that PEFT trains, saves and expects in the file of every adapter of a
 text classifier, whether they were made anew or not (`PeftModelForSequenceClassification`)."""
+# Parameters outside the blocks that act before the first one. Not by registration order: OPT
+# registers its final norm before its blocks.
 _STEM = re.compile(r"(^|\.)([a-z_]*emb[a-z_]*|project_in)(\.|$)")
 
 

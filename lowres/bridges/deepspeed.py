@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from lowres.bridges import left_locks
@@ -82,11 +82,6 @@ def complete(
     settings["gradient_clipping"] = max_grad_norm or 0.0
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False
-
-
-def is_engine(module: Any) -> bool:
-    """Whether a module was wrapped by DeepSpeed."""
-    return type(module).__name__ == "DeepSpeedEngine"
 
 
 def partitions_weights(model: nn.Module) -> bool:
@@ -179,12 +174,6 @@ class ZeroUpdates:
         )
 
 
-def states(optimizer: Any) -> Sequence[Mapping[str, Any]]:
-    """The states that DeepSpeed's optimizer holds for its flat partitions."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return list(getattr(inner, "state", {}).values())
-
-
 def own_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
     """What DeepSpeed's optimizer holds beside the model and the states: partitions, buckets."""
     if not is_divided(optimizer):
@@ -232,7 +221,7 @@ def _take_over(settings: Mapping[str, Any]) -> None:
             f"the launcher's configuration says stage {asked}, the recipe stage {stage}; give "
             "both the same"
         )
-        raise InputError("the recipe", [Problem("levers.zero.stage", text)])
+        raise InputError("the recipe", [Problem("levers", f"'zero': {text}")])
     for name in list(os.environ):
         if name.startswith("ACCELERATE_DEEPSPEED_") or name == "ACCELERATE_CONFIG_DS_FIELDS":
             del os.environ[name]

@@ -84,4 +84,4 @@ def few_buffers(count: int, needed: int) -> str:
 
 def refusal(text: str) -> InputError:
     """Of the lever."""
-    return InputError("the recipe", [Problem("levers.zero", text)])
+    return InputError("the recipe", [Problem("levers", f"'zero': {text}")])

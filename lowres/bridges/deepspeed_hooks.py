@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from lowres.bridges.deepspeed_fetches import Fetches, ReadParameters
 from lowres.bridges.deepspeed_parts import Part, gather_now
@@ -26,13 +25,11 @@ class Hooks:
         self._parts, self._processes = parts, processes
         self._stack: list[torch.nn.Module] = [model]
         self._training = False
-        self.handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._begin),
-        ]
+        model.register_forward_pre_hook(self._begin)
         for module in model.modules():
             module._parameters = ReadParameters(module._parameters, self)
         self._register(model)
-        self.handles.append(model.register_forward_hook(self._end))
+        model.register_forward_hook(self._end)
 
     def read(self, parameter: torch.Tensor) -> None:
         """A parameter was asked for by name."""
@@ -71,12 +68,10 @@ class Hooks:
         def on_outputs(_: Any, inputs: Any, output: Any) -> Any:
             return _on_tensors(lambda t: _Left.apply(t, forward), output)
 
-        self.handles += [
-            module.register_forward_pre_hook(before),
-            module.register_forward_hook(after),
-            module.register_forward_hook(on_outputs),
-            module.register_forward_pre_hook(on_inputs),
-        ]
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+        module.register_forward_hook(on_outputs)
+        module.register_forward_pre_hook(on_inputs)
 
 
 class _Counted:

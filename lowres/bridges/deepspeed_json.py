@@ -52,7 +52,7 @@ def settings_from(path: str) -> dict[str, Any]:
 
 
 def _refusal(text: str) -> InputError:
-    return InputError("the recipe", [Problem("levers.zero.config", text)])
+    return InputError("the recipe", [Problem("levers", f"'zero': {text}")])
 
 
 def contradictions(settings: Mapping[str, Any], recipe: Recipe, processes: int) -> Iterator[str]:

@@ -101,13 +101,20 @@ class NarrowConv1D(Conv1D):
         return _product(x, self.weight, self.bias, transposed=True)
 
 
+def as_linear_takes(
+    x: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Input and bias in autocast's type where it is on, else in the input's."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def _product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if weight.dtype == dtype:
+    x, bias = as_linear_takes(x, bias)
+    if weight.dtype == x.dtype:
         return F.linear(x, weight.t() if transposed else weight, bias)
     # Of rows that are flat the product is no view, so that what is made may be added to in place.
     flat: torch.Tensor = _Widened.apply(x.reshape(-1, x.shape[-1]), weight, bias, transposed)

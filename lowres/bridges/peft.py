@@ -207,7 +207,7 @@ def merge(model: Any) -> nn.Module:
     """
     from lowres.bridges.bitsandbytes import quantisation_states
 
-    if any(True for _ in quantisation_states(model)):
+    if any(quantisation_states(model)):
         raise LowresError(
             "an adapter is not merged into quantised weights: packing them again would round away "
             "what was learned; lowres.run.merging.merge takes the base in 16 bits or more instead"

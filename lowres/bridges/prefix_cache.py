@@ -110,7 +110,7 @@ class Prefix:
 
     def _stop_at_further(self, beside: Sequence[Any]) -> None:
         if any(isinstance(value, torch.Tensor) for value in beside):
-            _refuse(
+            refuse(
                 f"{type(self.stack[0]).__name__} hands on more than hidden states, which the next "
                 f"block would miss; freeze all {len(self.stack)} blocks of its stack, or drop the "
                 "lever"
@@ -121,7 +121,7 @@ class Prefix:
         paths = {id(module): path for path, module in self.model.named_modules()}
         found = [paths.get(id(m), type(m).__name__) for m in ran if drops_out(m)]
         if found:
-            _refuse(
+            refuse(
                 f"there is dropout in the frozen part ({found[0]}), so that each pass gives other "
                 "outputs; set model.dropout to 0"
             )
@@ -142,17 +142,17 @@ def frozen_prefix(learner: Learner) -> Prefix:
     stem = [name + "." for name in learner.blocks.stem]
     for name, parameter in learner.base.named_parameters():
         if parameter.requires_grad and id(parameter) not in inside:
-            _refuse(f"{name} is trained outside of the model, at its input; drop the lever")
+            refuse(f"{name} is trained outside of the model, at its input; drop the lever")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(name.startswith(s) for s in stem):
-            _refuse(f"{name} is trained, which lies below all blocks; {_NEAREST}")
+            refuse(f"{name} is trained, which lies below all blocks; {_NEAREST}")
     count = 0
     for block in stack:
         if any(p.requires_grad for p in block.parameters()):
             break
         count += 1
     if count == 0:
-        _refuse(f"the lowest block ({names[0]}) is trained; {_NEAREST}")
+        refuse(f"the lowest block ({names[0]}) is trained; {_NEAREST}")
     prefix = Prefix(learner.base, model, stack, names[:count], learner.blocks.stem)
     prefix._stop_at_dropout([m for block in stack[:count] for m in block.modules()])
     return prefix
@@ -265,5 +265,6 @@ def _cards(inputs: Batch) -> list[int]:
     return [torch.cuda.current_device() if p.index is None else p.index for p in places]
 
 
-def _refuse(why: str) -> None:
+def refuse(why: str) -> None:
+    """Raise the lever's InputError."""
     raise InputError("the recipe", [Problem("levers", f"'frozen_prefix_cache': {why}")])

@@ -45,7 +45,7 @@ def command(
         bool, typer.Option("--diff", help="Compare two recipes by component: --diff A B.")
     ] = False,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Trace every block instead of extending from four.")
+        bool, typer.Option("--exact", help="Trace every block instead of extending from a few.")
     ] = False,
     changes: Annotated[
         bool, typer.Option(help="Weigh each lever and smaller setting by itself, too.")

@@ -49,7 +49,7 @@ def command(
     fields = _fields(cls)
     text = registry.docstring(family, name)
     facts = _facts(cls, name, text) if family == "method" else {}
-    told = None if model is None else _counts(cls, name, model, overrides or [])
+    told = None if model is None else _counts(name, model, overrides or [])
     if as_json:
         out = {"family": family, "name": name, "about": text, "fields": fields, **facts}
         if told is not None:
@@ -134,7 +134,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         typer.echo(f"  {circumstance}: {why}")
 
 
-def _counts(cls: Any, name: str, model: str, overrides: list[str]) -> dict[str, Any]:
+def _counts(name: str, model: str, overrides: list[str]) -> dict[str, Any]:
     """What the method trains on a model; refused settings and models are told as in a recipe."""
     from lowres.core.reading import load_recipe
     from lowres.run.assumed import config_of

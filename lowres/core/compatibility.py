@@ -16,6 +16,8 @@ from lowres.core.recipe import Recipe
 
 PATH = Path(__file__).resolve().parent.parent / "assets" / "compatibility" / "cpu.json"
 Outcome = Literal["works", "refused", "fails"]
+PAIRED_WITH = "lora"
+"""The method that pairs of levers are run with."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Table:
             yield Combination(method, (lever,))
         for at, first in enumerate(levers):
             for second in levers[at + 1 :]:
-                yield Combination("lora", (first, second))
+                yield Combination(PAIRED_WITH, (first, second))
 
 
 def told(recipe: Recipe, table: Table) -> str:

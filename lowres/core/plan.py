@@ -7,24 +7,19 @@ what the caching allocator hands out for them, *reserved* ones what it took from
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 PlanPhase = Literal["load", "first_step", "steady_steps", "evaluate", "save", "resume"]
-PHASES: tuple[PlanPhase, ...] = (
-    "load", "first_step", "steady_steps", "evaluate", "save", "resume",
-)  # fmt: skip
+PHASES: tuple[PlanPhase, ...] = get_args(PlanPhase)
 
 Category = Literal[
     "weights", "quantisation state", "adapters", "gradients", "optimizer states", "activations",
     "logits", "temporaries", "workspaces", "batch",
 ]  # fmt: skip
-CATEGORIES: tuple[Category, ...] = (
-    "weights", "quantisation state", "adapters", "gradients", "optimizer states", "activations",
-    "logits", "temporaries", "workspaces", "batch",
-)  # fmt: skip
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 """In the order of every table and plot."""
 
 
@@ -46,6 +41,11 @@ class Card:
     total_bytes: int
     context_bytes: int
     available_bytes: int
+
+    @property
+    def offered_bytes(self) -> int:
+        """What `needed_bytes` compares with: the need has the driver's context in it."""
+        return self.available_bytes + self.context_bytes
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Candidate:
         quality: The task's metric in records of such recipes; None where there is none.
         quality_basis: Which records, or that there are none.
         lossy: Levers and choices that change what is computed, such as 4-bit weights.
-        front: Nothing else in the search is better in one of memory, time and quality and no
+        front: Nothing else in the search is better in one of memory, time and approximations and no
             worse in the others.
     """
 

@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,7 +105,7 @@ def unknown(family: str, name: str) -> str:
     return f"no {family} is named '{name}'{hint or f'; there is {article} ' + ', '.join(there)}"
 
 
-def did_you_mean(word: str, known: object) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or nothing when no known word is near."""
-    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)  # type: ignore[attr-defined]
+    near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{near[0]}'?" if near else ""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
+from lowres.bridges.prefix_cache import refuse
 from lowres.core.errors import InputError, LowresError, Problem
 from lowres.core.example import Batch, Row, collate
 from lowres.core.units import format_bytes, format_seconds, gib_to_bytes
@@ -141,7 +142,7 @@ class PrefixStates:
         with torch.enable_grad():
             alone = self._prefix.states(self._batch([row], device))
         if _trains(alone):
-            self._refuse("something is trained below the frozen blocks; drop the lever")
+            refuse("something is trained below the frozen blocks; drop the lever")
         if is_fake(alone):
             return alone.detach()
         with torch.no_grad():
@@ -149,14 +150,11 @@ class PrefixStates:
         again, first = self._own(row, wider[0]).float(), alone.detach()[0].float()
         apart = float((again - first).norm() / first.norm())
         if not apart < _DISTANCE:
-            self._refuse(
+            refuse(
                 f"the outputs of the frozen blocks for a row depend on its padding or on chance "
                 f"(two passes are {apart:.0%} apart); drop the lever"
             )
         return alone.detach()
-
-    def _refuse(self, why: str) -> None:
-        raise InputError("the recipe", [Problem("levers", f"'frozen_prefix_cache': {why}")])
 
     def _batch(self, rows: Sequence[Row], device: torch.device, padding: int = 0) -> Batch:
         """Model arguments of rows, padded to the longest and so many tokens more."""

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Device", "load", "names"]  # the catalogue's, offered here too
 
-matmul_handles = 2
-"""cuBLAS handles of a training process: autograd's thread has its own. Each has a workspace."""
-
 GENERIC_SMS = 30  # between an RTX 3060 and a 4060 Ti
 LIKE_ITS_FILE = 0.1  # share of memory: an RTX 3050 has 8 GB, or 6 and fewer SMs
 

@@ -80,7 +80,7 @@ class Trace:
         places: For each event, the block at work.
         births: By tensor number.
         marks: Names of phases and stages with the number of the first event of each.
-        costs: Of the operations since the last `mark_costs`.
+        costs: Of the operations while `Tracer.costing` was set.
         unknown: Operations without a rule, with the most bytes that one call handles.
         loose: Deaths that happened outside of every block.
     """

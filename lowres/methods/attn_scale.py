@@ -62,7 +62,7 @@ class AttnScale(Adapter):
         from lowres.methods._scale import Offset, Scale
 
         if not self.scales and not self.offsets:
-            raise _refused("scales", "nothing is scaled and nothing added; name a scale")
+            raise _refused("nothing is scaled and nothing added; name a scale")
         there = sites.attentions(model, blocks)
         # One piece for each way to scale; the models' attentions are mostly alike.
         grouped: dict[tuple[bool, int, int], list[str]] = {}
@@ -88,7 +88,6 @@ class AttnScale(Adapter):
         if attention.fused:
             if rows and len(rows) < len(_MATRICES):
                 raise _refused(
-                    "scales",
                     f"'{attention.query}' holds queries, keys and values in one matrix; scale all "
                     "three, or none of them",
                 )
@@ -130,8 +129,8 @@ def _heads(model: nn.Module, attention: Attention) -> tuple[int, int]:
 
 
 def _no_map(why: str) -> InputError:
-    return _refused("scales", f"'map': {why}; leave it out: [query, key, value]")
+    return _refused(f"'map': {why}; leave it out: [query, key, value]")
 
 
-def _refused(field: str, why: str) -> InputError:
-    return InputError("the recipe", [Problem(f"method.{field}", why)])
+def _refused(why: str) -> InputError:
+    return InputError("the recipe", [Problem("method.scales", why)])

@@ -15,7 +15,6 @@ from lowres.core.plan import (
     CATEGORIES,
     PHASES,
     Candidate,
-    Card,
     Category,
     Cell,
     Change,
@@ -97,9 +96,9 @@ def verdict(plan: MemoryPlan) -> Verdict:
             needs += " Name a card, or set budget.device_gib, to learn whether it fits."
         title = "No card was given" if card is None else "No verdict"
         return Verdict("open", title, [needs, *([host] if plan.host_fits is False else [])])
-    free_bytes = offered_bytes(card) - needed_bytes
+    free_bytes = card.offered_bytes - needed_bytes
     needs = f"It needs {format_bytes(needed_bytes)}; {card.name} offers"
-    needs += f" {format_bytes(offered_bytes(card))}:"
+    needs += f" {format_bytes(card.offered_bytes)}:"
     if not plan.fits:
         sentences = [f"{needs} {format_bytes(-free_bytes)} are missing.", _way_out(plan.changes)]
         return Verdict("bad", "Does not fit", [s for s in sentences if s])
@@ -111,11 +110,6 @@ def verdict(plan: MemoryPlan) -> Verdict:
     if plan.host_fits is False:
         return Verdict("bad", "Fits the card, not the host", [*sentences, host])
     return Verdict("ok", "Fits narrowly" if narrow else "Fits", sentences)
-
-
-def offered_bytes(card: Card) -> int:
-    """What `needed_bytes` compares with: the need has the driver's context in it."""
-    return card.available_bytes + card.context_bytes
 
 
 def _way_out(changes: Sequence[Change]) -> str:
@@ -155,7 +149,7 @@ def _plan(plan: MemoryPlan) -> dict[str, Any]:
         "categories": _present(in_phases),
         "legend": _present(in_phases | in_curve),
         "allocator_bytes": plan_plots.allocator_bytes(plan),
-        "offered_bytes": offered_bytes(plan.card) if plan.card else None,
+        "offered_bytes": plan.card.offered_bytes if plan.card else None,
         "host": _host(plan),
         "model": _name(plan.recipe, "model", "checkpoint"),
         "part": {f: _name(plan.recipe, f) for f in _FAMILIES},
@@ -182,7 +176,7 @@ def _present(found: set[Category]) -> list[Category]:
 def _fit(fit: Fit) -> dict[str, Any]:
     chosen = None if fit.chosen is None else fit.candidates[fit.chosen]
     shared = _shared(fit.candidates)
-    drawn = plan_plots.front(fit.candidates, fit.chosen, offered_bytes(fit.card), "front")
+    drawn = plan_plots.front(fit.candidates, fit.chosen, fit.card.offered_bytes, "front")
     return {
         "plan": _plan(fit.plan) if fit.plan else None,
         "chosen": chosen,
@@ -202,7 +196,7 @@ def _shared(candidates: Sequence[Candidate]) -> dict[str, Any]:
 
 
 def _verdict_of_fit(fit: Fit, chosen: Candidate | None) -> Verdict:
-    offers = f"{fit.card.name}, which offers {format_bytes(offered_bytes(fit.card))}"
+    offers = f"{fit.card.name}, which offers {format_bytes(fit.card.offered_bytes)}"
     if chosen is None:
         sentences = [f"None of {fit.considered:,} recipes fits {offers}."]
         if fit.candidates:

@@ -67,7 +67,7 @@ def verdict(plan: MemoryPlan) -> str:
     if plan.host_fits is False:
         host = format_bytes(plan.host_needed_bytes)
         band += f"; the host memory it takes, {host}, is NOT there"
-    offers = plan.card.available_bytes + plan.card.context_bytes
+    offers = plan.card.offered_bytes
     left = offers - plan.needed_bytes
     if plan.fits:
         return f"fits {plan.card.name}: {needs}{band} of {format_bytes(offers)}, " + (

@@ -86,7 +86,7 @@ def choose(
         tried += 1
         confirmed = plan(recipe_of(choice), device)
         excess = confirmed.needed_bytes + confirmed.band_bytes
-        excess -= card.available_bytes + card.context_bytes
+        excess -= card.offered_bytes
         choice.candidate.needed_bytes = confirmed.needed_bytes
         if excess <= 0 and confirmed.host_fits is not False:
             return choice, confirmed
@@ -123,5 +123,5 @@ def instead(
     if share < 1:
         yield Change(
             f"a model of about {share:.0%} of this one's size, with the same choices", [],
-            needed_bytes=card.available_bytes + card.context_bytes,
+            needed_bytes=card.offered_bytes,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowres.core import registry
-from lowres.core.compatibility import Cell, Combination, Table
+from lowres.core.compatibility import PAIRED_WITH, Cell, Combination, Table
 from lowres.core.errors import InputError, LowresError
 from lowres.core.parts import Lever
 from lowres.core.reading import load_recipe
@@ -28,7 +28,6 @@ from lowres.core.recipe import Recipe
 from lowres.run import environment
 
 RECOMPUTING: tuple[tuple[str, ...], ...] = ((), ("gradient_checkpointing",))
-PAIRED_WITH = "lora"
 SECONDS = 180
 """That a combination may take before it counts as hanging."""
 SIZES = {"train_examples": 16, "eval_examples": 4}

@@ -81,11 +81,6 @@ def counts(method: Method, config: Any, freezing: Freezing | None = None) -> Cou
     return Counts(trained, held)
 
 
-def trainable_count(method: Method, config: Any, freezing: Freezing | None = None) -> int:
-    """Trained parameters alone; see `counts`."""
-    return counts(method, config, freezing).trainable
-
-
 def _chosen(freezing: Freezing | None, learner: Learner) -> Blocks:
     if freezing is None:
         return learner.blocks

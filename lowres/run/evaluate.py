@@ -14,7 +14,6 @@ import torch
 
 from lowres.core import metrics
 from lowres.core.example import Example, Prediction, Row, collate
-from lowres.core.metrics import Metric
 from lowres.core.recipe import Recipe
 from lowres.core.record import Score
 from lowres.memory.meter import Meter
@@ -31,14 +30,14 @@ def evaluate(
     accelerator: Any,
     meter: Meter,
     step: int,
-    output: Path | None,
+    output: Path,
     held: Callable[[], Iterable[torch.Tensor]],
 ) -> list[Score]:
     """Score the splits that the recipe names.
 
     Args:
         step: Updates made so far; stands in each score and file name.
-        output: Predictions go to `<output>/predictions/<split>-<step>.jsonl`; None writes none.
+        output: Predictions go to `<output>/predictions/<split>-<step>.jsonl`.
         held: Tensors alive before, for the memory probe on the longest batch.
     """
     # Data-parallel wrappers synchronise buffers in forward, and processes may have different
@@ -101,7 +100,6 @@ def _score(
     for remark in predictions[0].remarks:
         found[remark] = metrics.mean([p.remarks[remark] for p in predictions])
     ordered = sorted(found.items(), key=lambda item: item[0] != task.metric)
-    nothing = Metric(0.0, 0.0)
     return [
         Score(
             split=split,
@@ -109,7 +107,7 @@ def _score(
             value=metric.value,
             stderr=metric.stderr,
             n=len(predictions),
-            majority=majority.get(name, nothing).value if name in majority else None,
+            majority=majority[name].value if name in majority else None,
             step=step,
             file=file,
         )
@@ -118,7 +116,7 @@ def _score(
 
 
 def _write(
-    output: Path | None,
+    output: Path,
     split: str,
     step: int,
     examples: Sequence[Example],
@@ -126,7 +124,7 @@ def _write(
     recipe: Recipe,
     accelerator: Any,
 ) -> str | None:
-    if output is None or recipe.task.asks == "likelihood" or not accelerator.is_main_process:
+    if recipe.task.asks == "likelihood" or not accelerator.is_main_process:
         return None
     name = f"predictions/{split}-{step}.jsonl"
     (output / "predictions").mkdir(exist_ok=True)

@@ -120,7 +120,7 @@ def execute(
 
         # Saved before it is scored: a failure in evaluation must not cost the training.
         with meter.phase("save", session.held):
-            _save_model(recipe, learner, accelerator, folder, record)
+            _save_model(learner, accelerator, folder, record)
         session.guards.end()
         with deepspeed.gathered(learner.base):
             if accelerator.is_main_process:
@@ -239,9 +239,7 @@ def _describe(reporter: Reporter, record: RunRecord, meter: Meter) -> None:
     )
 
 
-def _save_model(
-    recipe: Recipe, learner: Any, accelerator: Any, folder: Path, record: RunRecord
-) -> None:
+def _save_model(learner: Any, accelerator: Any, folder: Path, record: RunRecord) -> None:
     with deepspeed.gathered(learner.base):
         if accelerator.is_main_process:
             with checkpoint.writing("the model", folder):

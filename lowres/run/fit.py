@@ -83,7 +83,7 @@ def fit(
     for stage in stages():
         weigh = functools.partial(_weigh, device, card, probe, longest, evidence, {})
         found += _search(combinations(start, blocks, stage), weigh, notes)
-        room = card.available_bytes + card.context_bytes - device.context_band_bytes
+        room = card.offered_bytes - device.context_band_bytes
         if any(needed(c) <= room and c.length >= whole for c in found):
             break  # What the next stages bring in costs time and is not needed.
     if not found:

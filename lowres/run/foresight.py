@@ -109,7 +109,7 @@ def _short_of(found: MemoryPlan, limit: tuple[int, str] | None) -> str:
     """What is needed and what there is, of each memory that is too small."""
     card, short = found.card, []
     if found.fits is False and card is not None:
-        offered = format_bytes(card.available_bytes + card.context_bytes)
+        offered = format_bytes(card.offered_bytes)
         needed = format_bytes(found.needed_bytes)
         short.append(f"the plan needs {needed} of device memory, {card.name} offers {offered}")
     if found.host_fits is False and limit is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def _held(recipe: Recipe, *, whole: bool) -> int:
         kept = [place for run in runs for place in run.kept]
         if len(kept) < len(blocks.names):
             names = shorten.shorten(learner.base, blocks.names, kept)
-            learner.blocks = blocks.__class__(names, frozenset(names), blocks.stem, blocks.head)
+            learner.blocks = dataclasses.replace(blocks, names=names, trained=frozenset(names))
         for fill in later:
             fill()
         frozen.update(_by_block(learner, copies=0))

@@ -43,7 +43,7 @@ def plan(
     Args:
         device: The card; None for the one that `budget.device_gib` describes, then the one of this
             machine. `memory.device` finds cards by name and size.
-        exact: Trace every block instead of extending from four of a kind.
+        exact: Trace every block instead of extending from a few of a kind.
         inputs: Of `build.read`, where they were read already.
         processes: That share each update; the plan is of one of them.
 

@@ -33,7 +33,7 @@ def look(
 ) -> None:  # fmt: skip
     """Let a part look at training rows before it chooses."""
     # Where weights are loaded, that is where the choice is made.
-    quantised = any(True for _ in quantisation_states(learner.base))
+    quantised = any(quantisation_states(learner.base))
     with translating(tracer, target) if quantised else contextlib.nullcontext():
         at(learner, sample)
 

@@ -162,7 +162,7 @@ class TrainingSession:
             self._save()
         self._stop_where_limits_say(last=made == self.total)
 
-    def evaluate(self) -> list[Score]:
+    def evaluate(self) -> None:
         """Score now; the scores are kept and shown."""
         self.close()
         self._in_training_mode = False
@@ -170,7 +170,6 @@ class TrainingSession:
         self.scores += found
         self.progress.scores = [vars(s) for s in self.scores]
         self.reporter.scores(found)
-        return found
 
     def event(self, kind: str, text: str, names: Sequence[str] = ()) -> None:
         """Note something that a reader of the record should know, and say it with a few names."""

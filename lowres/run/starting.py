@@ -9,7 +9,6 @@ from lowres.bridges.kinds import kind_of
 from lowres.core import registry
 from lowres.core.errors import InputError
 from lowres.core.learner import Kind
-from lowres.core.parts import Task
 from lowres.run import assumed
 
 _TASKS: dict[Kind, str] = {
@@ -25,7 +24,8 @@ def starting_recipe(model: str, task: str | None = None) -> dict[str, Any]:
         task: Of `lowres list tasks`; chosen by the model's kind when None.
 
     Raises:
-        InputError: For a model without a configuration, an unknown task, or one that needs fields.
+        InputError: For a model without a configuration, an unknown task, or one that asks for text
+            of a model that writes none.
     """
     config = assumed.config_of(model)
     kind = kind_of(config)
@@ -33,7 +33,6 @@ def starting_recipe(model: str, task: str | None = None) -> dict[str, Any]:
     if name not in registry.names("task"):
         raise InputError("--task", [registry.unknown("task", name)])
     cls: Any = registry.load("task", name)
-    assert issubclass(cls, Task)
     fields: dict[str, Any] = {"checkpoint": model, "dtype": "bfloat16"}
     objective = "classification" if cls.asks == "label" else "next_token"
     heads = registry.load("objective", objective).heads  # type: ignore[attr-defined]

@@ -71,7 +71,7 @@ class Suite:
     methods: Methods | None = None
     seeds: tuple[int, ...] = (0,)
     search: Search | None = None
-    settings: tuple[str, ...] = field(default=())
+    settings: tuple[str, ...] = ()
 
 
 def load(path: Path) -> Suite:

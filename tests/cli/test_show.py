@@ -101,11 +101,11 @@ def test_what_is_counted_is_the_method_as_a_recipe_has_it(name: str) -> None:
 
     from lowres.cli.show import app
     from lowres.run.assumed import config_of
-    from lowres.run.counts import trainable_count
+    from lowres.run.counts import counts
 
     done = CliRunner().invoke(app, ["method", name, "--model", TINY, "--json"])
     try:
-        wanted = trainable_count(registry.load("method", name)(), config_of(TINY))
+        wanted = counts(registry.load("method", name)(), config_of(TINY)).trainable
     except InputError as error:
         assert str(done.exception) == str(error)
     else:

@@ -74,10 +74,10 @@ def test_a_method_trains_as_much_as_in_the_study(
 ) -> None:
     """Reference: the published count, to one unit of its last printed digit; closed form where the
     study has none."""
-    from lowres.run.counts import trainable_count
+    from lowres.run.counts import counts
 
     cls: Any = registry.load("method", method)
-    found = trainable_count(cls(**settings), config_of(model))
+    found = counts(cls(**settings), config_of(model)).trainable
     wanted, unit = within(printed)
     assert abs(found - wanted) <= unit, found
 
@@ -99,11 +99,11 @@ def test_bitfit_trains_every_bias(family: str, sizes: dict[str, Any], count: int
     """Closed form, from the configuration alone, at published sizes."""
     from transformers import BertConfig, GPT2Config
 
-    from lowres.run.counts import trainable_count
+    from lowres.run.counts import counts
 
     config = {"gpt2": GPT2Config, "bert": BertConfig}[family](**sizes)
     cls: Any = registry.load("method", "bitfit")
-    assert trainable_count(cls(), config) == count
+    assert counts(cls(), config).trainable == count
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -111,11 +111,11 @@ def test_bitfit_has_nothing_to_train_in_t5(model: str) -> None:
     """Behaviour: its layers and norms have no biases, and what is called a bias of its attention is
     a table of relative positions. Refused, with what has some."""
     from lowres.core.errors import InputError
-    from lowres.run.counts import trainable_count
+    from lowres.run.counts import counts
 
     cls: Any = registry.load("method", "bitfit")
     with pytest.raises(InputError, match="has no bias.*use lora, or a model with biases"):
-        trainable_count(cls(), config_of(model))
+        counts(cls(), config_of(model))
 
 
 def test_there_are_rows() -> None:
@@ -190,13 +190,13 @@ def test_queries_and_values_that_peft_does_not_list_are_found(name: str) -> None
     import transformers
 
     from lowres.bridges.blocks import map_blocks
-    from lowres.run.counts import trainable_count
+    from lowres.run.counts import counts
 
     head, sizes, count = UNLISTED[name]
     config = getattr(transformers, f"{name}Config")(**sizes)
     lora: Any = registry.load("method", "lora")()
     assert lora.targets == "paper"
-    assert trainable_count(lora, config) == count
+    assert counts(lora, config).trainable == count
     model = getattr(transformers, name + head)(config)
     adapted = lora.apply(model, map_blocks(model, [], True, False))
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == count
@@ -207,22 +207,23 @@ def test_queries_and_values_that_nobody_knows_are_refused() -> None:
     from transformers import MambaConfig
 
     from lowres.core.errors import InputError
-    from lowres.run.counts import trainable_count
+    from lowres.run.counts import counts
 
     lora: Any = registry.load("method", "lora")()
     config = MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4)
     with pytest.raises(InputError, match="values of a 'mamba' is not known; name them, or use all"):
-        trainable_count(lora, config)
+        counts(lora, config)
 
 
 def test_a_freezing_takes_blocks_out_of_the_count() -> None:
     """Closed form: LoRA in half of the blocks has half of the parameters."""
-    from lowres.run.counts import trainable_count
+    from lowres.run.counts import counts
 
     config, lora = tiny_config("decoder"), registry.load("method", "lora")()
     prefix: Any = registry.load("freezing", "prefix")
     half: Any = prefix(frozen=config.num_hidden_layers - 1)
     counted: Any = lora
-    assert config.num_hidden_layers * trainable_count(counted, config, half) == trainable_count(
-        counted, config
+    assert (
+        config.num_hidden_layers * counts(counted, config, half).trainable
+        == counts(counted, config).trainable
     )

@@ -26,7 +26,7 @@ from lowres.core.plan import (
     StepPlan,
 )
 from lowres.core.units import GIB, MIB, format_bytes, format_seconds
-from lowres.report.plan_page import offered_bytes, render, verdict, write_plan_page
+from lowres.report.plan_page import render, verdict, write_plan_page
 from tests.report.test_page import Page
 
 CARD = Card("Some Card 12 GB", "cuda", 12 * GIB, 400 * MIB, 12 * GIB - 700 * MIB)
@@ -171,7 +171,7 @@ def test_a_page_shows_every_number_of_the_plan(fit: bool) -> None:
     plan = a_plan()
     text = Page(render(a_fit() if fit else plan)).text
     sizes = [plan.needed_bytes, plan.host_needed_bytes, plan.band_bytes, CARD.total_bytes,
-             CARD.context_bytes, CARD.available_bytes, offered_bytes(CARD)]  # fmt: skip
+             CARD.context_bytes, CARD.available_bytes, CARD.offered_bytes]  # fmt: skip
     for phase in plan.phases.values():
         sizes += [phase.live_bytes, phase.allocated_bytes or 0, phase.reserved_bytes or 0]
         sizes += [phase.host_bytes, *(b for b in phase.categories.values() if b)]
