@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
-    from lowres.core.findings import TaskKind
     from lowres.core.record import RunRecord
     from lowres.run.advice import Advice
+    from lowres.run.findings import TaskKind
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

@@ -25,8 +25,8 @@ def command(
     """Check recipes and show every problem of each. Exit 2 when there is one."""
     from lowres.core.compatibility import Table, told
     from lowres.core.errors import InputError, PartsRefuse
-    from lowres.core.nearest import nearest
     from lowres.core.reading import load_recipe
+    from lowres.run.nearest import nearest
 
     wrong, table = False, Table.read()
     for path in recipes:

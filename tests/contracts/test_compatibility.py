@@ -14,9 +14,9 @@ from benchmarks.compatibility import PAGE, page
 from lowres.core import registry
 from lowres.core.compatibility import Cell, Combination, Table, told
 from lowres.core.errors import InputError, LowresError
-from lowres.core.nearest import nearest
 from lowres.core.reading import load_recipe
 from lowres.run import compatibility
+from lowres.run.nearest import nearest
 
 
 def test_no_cell_is_blank() -> None:
