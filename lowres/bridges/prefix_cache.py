@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -265,6 +265,6 @@ def _cards(inputs: Batch) -> list[int]:
     return [torch.cuda.current_device() if p.index is None else p.index for p in places]
 
 
-def refuse(why: str) -> None:
+def refuse(why: str) -> NoReturn:
     """Raise the lever's InputError."""
     raise InputError("the recipe", [Problem("levers", f"'frozen_prefix_cache': {why}")])

@@ -35,7 +35,7 @@ TASKS: dict[TaskKind, str] = {"classification": "sst2", "generation": "gsm8k"}
 
 Setting = tuple[str, float]
 """All of a recipe but its seed, and the learning rate."""
-Scored = tuple[float, float]
+RunScore = tuple[float, float]
 """A run's score and its standard error over the rows that it was scored on."""
 
 
@@ -172,7 +172,7 @@ def _of_records(
     records: Iterable[RunRecord], model: str, sort: Kind, rows: int, kind: TaskKind
 ) -> Iterator[dict[str, Evidence]]:
     """For each model, task, split and size that several methods were run on: their places."""
-    groups: dict[tuple[Any, ...], dict[str, dict[Setting, list[Scored]]]] = {}
+    groups: dict[tuple[Any, ...], dict[str, dict[Setting, list[RunScore]]]] = {}
     for record in records:
         told = _score_of(record)
         if told is not None:
@@ -210,11 +210,11 @@ def _of_records(
         }  # fmt: skip
 
 
-def _mean(runs: Sequence[Scored]) -> float:
+def _mean(runs: Sequence[RunScore]) -> float:
     return statistics.fmean(value for value, _ in runs)
 
 
-def beyond_chance(compared: Sequence[Sequence[Scored]]) -> float:
+def beyond_chance(compared: Sequence[Sequence[RunScore]]) -> float:
     """Share of the variance between methods' means that is not to be expected of equal methods.
 
     Args:
@@ -230,7 +230,7 @@ def beyond_chance(compared: Sequence[Sequence[Scored]]) -> float:
     return max(0.0, 1.0 - (rows + seeds) / between)
 
 
-def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], Setting, Scored] | None:
+def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], Setting, RunScore] | None:
     """What group a record belongs to, its settings but for the seed, and how it scored."""
     recipe = record.recipe
     trained = next((d.rows for d in record.data if d.split == "train"), 0)
