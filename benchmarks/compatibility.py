@@ -10,9 +10,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lowres.bench.compatibility import RECOMPUTING, forms, kinds
 from lowres.core import registry
 from lowres.core.compatibility import PAIRED_WITH, Cell, Combination, Table
-from lowres.run.compatibility import RECOMPUTING, forms, kinds
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 SIGNS = {"works": "works", "refused": "refused", "fails": "**fails**"}

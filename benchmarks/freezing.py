@@ -19,8 +19,8 @@ from benchmarks.levers import ROOT, UPDATES, measured, of_updates, recipe
 from lowres.core.reading import load_recipe
 from lowres.core.units import format_bytes
 from lowres.memory import device as devices
+from lowres.planning.plan import plan
 from lowres.run import environment
-from lowres.run.plan import plan
 
 RECORD = ROOT / "benchmarks" / "records" / "freezing.json"
 PAGE = ROOT / "docs" / "freezing.md"
@@ -83,7 +83,7 @@ def filled(text: str, record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from lowres.run.compatibility import surroundings
+    from lowres.bench.compatibility import surroundings
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=3)

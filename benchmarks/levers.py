@@ -34,9 +34,9 @@ from lowres.core.reading import load_recipe
 from lowres.core.record import RunRecord, from_file
 from lowres.core.units import format_bytes
 from lowres.memory import device as devices
+from lowres.planning.ladder import ladder
+from lowres.planning.plan import plan
 from lowres.run import environment
-from lowres.run.ladder import ladder
-from lowres.run.plan import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "records" / "levers.json"
@@ -243,7 +243,7 @@ def write_page(record: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    from lowres.run.compatibility import surroundings
+    from lowres.bench.compatibility import surroundings
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")

@@ -11,9 +11,9 @@ import string
 from collections import defaultdict
 from pathlib import Path
 
+from lowres.bench.suite import load
 from lowres.core.record import RunRecord, from_file
 from lowres.core.units import format_bytes, format_count, format_seconds
-from lowres.run.suite import load
 
 HOME = Path(__file__).resolve().parent
 INTRODUCTION = (

@@ -33,7 +33,7 @@ from lowres.core.reading import load_recipe
 from lowres.memory import device as devices
 from lowres.memory.live import LiveBytes
 from lowres.memory.tracer import Tracer
-from lowres.run.plan import plan
+from lowres.planning.plan import plan
 
 RECORDS = ROOT / "benchmarks" / "records" / "methods" / "cpu"
 PAGE = ROOT / "docs" / "methods.md"
@@ -147,7 +147,7 @@ def recipe(model: Path, method: str) -> Any:
 
 def one(model: Path, plain_bytes: int, parameters: int, method: str) -> dict[str, Any]:
     """A method's record; why there are no figures where it refuses the model or the recipe."""
-    from lowres.run.compatibility import surroundings
+    from lowres.bench.compatibility import surroundings
 
     told = {"method": method, "shape": SHAPE, "environment": surroundings()}
     try:

@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.levers import ROOT
 from benchmarks.methods import records
 from benchmarks.methods_page import saved
+from lowres.bench.searching import as_good_as_best
 from lowres.core.record import Score, from_file
-from lowres.run.searching import as_good_as_best
 
 ASSET = ROOT / "lowres" / "assets" / "methods" / "found.json"
 SEARCHES = ROOT / "benchmarks" / "records"

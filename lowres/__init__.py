@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lowres import run
     from lowres.core.errors import LowresError
     from lowres.core.reading import load_recipe
-    from lowres.run.build import build
+    from lowres.making.build import build
 
 __version__ = "0.1.0"
 __all__ = ["LowresError", "__version__", "build", "load_recipe", "run"]
@@ -26,7 +26,7 @@ __all__ = ["LowresError", "__version__", "build", "load_recipe", "run"]
 _HOMES = {
     "LowresError": ("lowres.core.errors", "LowresError"),
     "load_recipe": ("lowres.core.reading", "load_recipe"),
-    "build": ("lowres.run.build", "build"),
+    "build": ("lowres.making.build", "build"),
 }
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lowres.bridges import accelerate
+from lowres.making.build import build, engine_of
+from lowres.making.gradients import make_gradients, micro_batches
+from lowres.memory.held import held
 from lowres.memory.live import LiveBytes
-from lowres.run.build import build, engine_of
-from lowres.run.gradients import make_gradients, micro_batches
-from lowres.run.held import held
 
 # With a large eps an update is nearly proportional to its gradient: AdamW's first ones are else
 # signs, which rounding turns over.

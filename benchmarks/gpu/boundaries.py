@@ -17,13 +17,13 @@ from benchmarks.gpu.recipes import SHORTEST, STRIDE, Case, located
 from lowres.core.example import IGNORED, Row
 from lowres.core.plan import MemoryPlan
 from lowres.core.recipe import Recipe
+from lowres.making.build import Inputs
+from lowres.making.data import number
 from lowres.memory import device as devices
 from lowres.memory.catalogue import Device
 from lowres.memory.tracer import TraceFailed
-from lowres.run.assumed import assumed_inputs
-from lowres.run.build import Inputs
-from lowres.run.data import number
-from lowres.run.plan import plan
+from lowres.planning.assumed import assumed_inputs
+from lowres.planning.plan import plan
 
 
 class NoBoundary(Exception):

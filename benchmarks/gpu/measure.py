@@ -36,14 +36,16 @@ from lowres.core.errors import Diverged, InputError, LowresError
 from lowres.core.example import collate
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, PhaseMemory, RunRecord, StepTime
+from lowres.making import build
+from lowres.making.gradients import make_gradients, micro_batches
 from lowres.memory import device as devices
+from lowres.memory.held import held
 from lowres.memory.meter import Meter
-from lowres.run import build, environment, portions
+from lowres.planning import portions
+from lowres.planning.plan import choose_card
+from lowres.run import environment
 from lowres.run.foresight import to_record
-from lowres.run.gradients import make_gradients, micro_batches
-from lowres.run.held import held
 from lowres.run.out_of_memory import is_out_of_memory
-from lowres.run.plan import choose_card
 from lowres.run.session import PROBED_UPDATES, WARM_UP_UPDATES
 
 SAVED_AT_MOST = 2 << 30

@@ -17,8 +17,8 @@ from lowres.core import paths
 from lowres.core.reading import load_recipe
 from lowres.core.units import GIB
 from lowres.memory import device as devices
-from lowres.run.plan import plan
-from lowres.run.starting import starting_recipe
+from lowres.planning.plan import plan
+from lowres.planning.starting import starting_recipe
 
 RECORD = Path(__file__).resolve().parent.parent / "records" / "planner" / "staircase.json"
 FULL = ["method=full"]

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from lowres.bridges import stand_ins
+from lowres.bridges import peft, stand_ins
 from lowres.bridges import transformers as bridge
 from lowres.bridges.kinds import auto_class
-from lowres.core.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -26,19 +26,26 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def rehearsing() -> Iterator[None]:
-    """Let the libraries treat fake tensors as tensors.
+    """Let the libraries treat fake tensors as tensors, and leave no trace of it: neither random
+    numbers drawn nor warnings. Enter it before a tracer.
 
     transformers takes the path of an export when it sees one (it writes attention masks out that a
     run never has); PyTorch swaps parameters of fake tensors in a way that PEFT's references forbid.
     """
+    import torch
     from torch import nn
     from transformers.utils import import_utils
 
+    peft.preload()
+    stand_ins.prepare()
     with (
         mock.patch.object(import_utils, "is_fake_tensor", lambda _: False),
         mock.patch.object(nn.Module, "_apply", _apply),
         stand_ins.unpacked_as_real(),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore")  # of fake tensors, and of a CPU in place of a GPU
         yield
 
 
@@ -237,59 +244,11 @@ def _files(checkpoint: str) -> Iterator[Any]:
                 yield file
 
 
-def stand_in_tokenizer(vocabulary: int, words: tuple[str, ...], longest: int, typed: bool) -> Any:
-    """A tokenizer for planning where the checkpoint's is not at hand: one token a word.
-
-    Args:
-        vocabulary: Rows of the model's embedding table.
-        words: Words that must be tokens of their own (label words).
-        longest: Its `model_max_length`.
-        typed: Whether rows carry `token_type_ids`.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
-    kept = [*special, *dict.fromkeys(w.strip() for w in words), "word"]
-    if vocabulary < len(kept):
-        raise InputError("the recipe", [f"a vocabulary of {vocabulary} is too small to plan for"])
-    table = {word: i for i, word in enumerate(kept)}
-    tokenizer = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=longest, pad_token="<pad>", bos_token="<s>",
-        eos_token="</s>", mask_token="<mask>", unk_token="<unk>",
-        model_input_names=["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"],
-    )  # fmt: skip
-    # Assumed texts are longer than any row on purpose, which it would warn of.
-    made.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    return made
-
-
-def has_tokenizer(checkpoint: str) -> bool:
-    """Whether a tokenizer can be expected there: a folder may hold a configuration alone."""
-    found = bridge.resolve(checkpoint)
-    names = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
-    return found.is_hub or any((Path(found.location) / name).is_file() for name in names)
-
-
 def versions() -> dict[str, str]:
     """Of the libraries whose code a plan traces."""
     from importlib.metadata import version
 
     return {name: version(name) for name in ("transformers", "peft", "accelerate", "bitsandbytes")}
-
-
-def missing_pad_token(checkpoint: str) -> str | None:
-    """A token to pad with, where the checkpoint's tokenizer is at hand and names none."""
-    found = bridge.resolve(checkpoint)
-    if found.is_hub or not has_tokenizer(checkpoint):
-        return None
-    from transformers import AutoTokenizer
-
-    with bridge.explained(checkpoint, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(found.location)
-    return None if tokenizer.pad_token is not None else tokenizer.eos_token or tokenizer.unk_token
 
 
 def has_fused_attention(config: Any, head: Head) -> bool:

@@ -10,8 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from lowres.core.record import RunRecord
-    from lowres.run.advice import Advice
-    from lowres.run.findings import TaskKind
+    from lowres.recommend.advice import Advice
+    from lowres.recommend.findings import TaskKind
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -50,15 +50,15 @@ def command(
     What fits is planned for one row of at most 512 tokens in bfloat16, for the first of the list;
     of the others it tells the least that they need.
     """
-    from lowres.run import possible
-    from lowres.run.advice import advise
+    from lowres.recommend import possible
+    from lowres.recommend.advice import advise
 
     wanted: TaskKind | None = None if kind is None else kind.value
     found = advise(model, task_size, device_gib, wanted, _records(records))
     if as_json:
         from pydantic import RootModel
 
-        from lowres.run.advice import Advice
+        from lowres.recommend.advice import Advice
 
         typer.echo(RootModel[list[Advice]](found).model_dump_json(indent=1))
         return
@@ -96,8 +96,8 @@ def _records(named: list[Path] | None) -> list[RunRecord]:
 
 
 def _print(number: int, one: Advice) -> None:
-    from lowres.run.advice import DISTANT
-    from lowres.run.possible import told
+    from lowres.recommend.advice import DISTANT
+    from lowres.recommend.possible import told
 
     low, high = one.learning_rates
     typer.echo(f"{number}. {one.method}   score {one.score:.2f}; {told(one)}; "

@@ -47,8 +47,8 @@ def command(
         return
     if only:
         raise InputError("--only", ["it goes with `lowres bench compatibility`; leave it out"])
+    from lowres.bench import suite as suite_module
     from lowres.report.table import print_comparison
-    from lowres.run import suite as suite_module
 
     loaded = suite_module.load(suite)
     print_comparison(suite_module.run(loaded, records, scratch, say))
@@ -57,8 +57,8 @@ def command(
 def _compatibility(scratch: Path, only: str, say: Callable[[str], None]) -> None:
     from collections import Counter
 
+    from lowres.bench import compatibility
     from lowres.core.compatibility import Table
-    from lowres.run import compatibility
 
     table, every = Table.read(), compatibility.combinations()
     keys = {one.key for one in every}

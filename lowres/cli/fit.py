@@ -65,7 +65,7 @@ def command(
     from lowres.core.errors import InputError
     from lowres.core.plan import fit_to_json
     from lowres.memory import device as devices
-    from lowres.run.fit import fit
+    from lowres.recommend.fit import fit
 
     place = output or Path("fit.yaml")
     _stop_if_taken(place)
@@ -107,7 +107,7 @@ def _stop_if_taken(place: Path) -> None:
     """Refuse a place that cannot be written, or where a file lies that `fit` did not write."""
     from lowres.core.errors import InputError
     from lowres.core.paths import stop_if_unwritable
-    from lowres.run.fit import CHOSEN
+    from lowres.recommend.fit import CHOSEN
 
     stop_if_unwritable(place, makes_folders=True)
     if not place.is_file():  # new, or a device such as /dev/stdout

@@ -61,8 +61,8 @@ def command(
     """
     from lowres.core.errors import InputError
     from lowres.core.plan import to_json
-    from lowres.run.ladder import ladder
-    from lowres.run.plan import plan
+    from lowres.planning.ladder import ladder
+    from lowres.planning.plan import plan
 
     if html is not None:
         from lowres.report.page import stop_if_no_page
@@ -129,8 +129,8 @@ def _read(
 ) -> list[Recipe]:
     from lowres.core.errors import InputError
     from lowres.core.reading import load_recipe
-    from lowres.run.plan import with_budget
-    from lowres.run.starting import starting_recipe
+    from lowres.planning.plan import with_budget
+    from lowres.planning.starting import starting_recipe
 
     if bool(models) == bool(paths) or (models and wanted == 2):
         raise InputError("the command", ["give a recipe file or --model M (two files with --diff)"])
@@ -156,8 +156,8 @@ def _matrix(
     from lowres.core.errors import InputError
     from lowres.core.plan import matrix_to_json
     from lowres.memory import device
+    from lowres.planning.matrix import matrix
     from lowres.report.plan_table import print_matrix
-    from lowres.run.matrix import matrix
 
     cards = [device.load(name) for name in gpus] + [device.generic(size) for size in sizes]
     if not cards:

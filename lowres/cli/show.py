@@ -137,9 +137,9 @@ def _print_facts(facts: dict[str, Any]) -> None:
 def _counts(name: str, model: str, overrides: list[str]) -> dict[str, Any]:
     """What the method trains on a model; refused settings and models are told as in a recipe."""
     from lowres.core.reading import load_recipe
-    from lowres.run.assumed import config_of
-    from lowres.run.counts import counts
-    from lowres.run.starting import starting_recipe
+    from lowres.planning.assumed import config_of
+    from lowres.planning.counts import counts
+    from lowres.planning.starting import starting_recipe
 
     raw = starting_recipe(model) | {"method": {"name": name}}
     recipe = load_recipe(raw, overrides)

@@ -20,7 +20,7 @@ from lowres.memory.meter import Meter
 
 if TYPE_CHECKING:
     from lowres.core.learner import Learner
-    from lowres.run.data import Data
+    from lowres.making.data import Data
 
 
 def evaluate(

@@ -18,12 +18,13 @@ from lowres.core.learner import Learner
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Parameters, RunRecord, Score
 from lowres.core.units import format_bytes, format_count, gib_to_bytes
+from lowres.making import build, choices
 from lowres.memory import device as devices
+from lowres.memory.held import held
 from lowres.memory.meter import Meter
-from lowres.run import build, checkpoint, choices, claim, environment, output, processes
+from lowres.run import checkpoint, claim, environment, output, processes
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
-from lowres.run.held import held
 from lowres.run.out_of_memory import is_out_of_memory
 from lowres.run.progress import Reporter
 from lowres.run.remarks import remarks

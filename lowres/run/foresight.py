@@ -13,11 +13,11 @@ from lowres.core.errors import DoesNotFit, LowresError, NotPlanned
 from lowres.core.plan import MemoryPlan, to_dict
 from lowres.core.recipe import Recipe
 from lowres.core.units import GIB, format_bytes, format_seconds
+from lowres.making.build import Inputs
 from lowres.memory import device as devices
 from lowres.memory.catalogue import Device
-from lowres.run.build import Inputs
-from lowres.run.ladder import ladder
-from lowres.run.plan import host_limit, plan
+from lowres.planning.ladder import ladder
+from lowres.planning.plan import host_limit, plan
 from lowres.run.progress import Reporter
 
 

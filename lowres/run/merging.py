@@ -20,7 +20,8 @@ from lowres.core.example import Batch, collate
 from lowres.core.learner import Learner, LoadRequest
 from lowres.core.parts import fold
 from lowres.core.recipe import Recipe
-from lowres.run import build, checkpoint
+from lowres.making import build
+from lowres.run import checkpoint
 
 TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 """Distance of merged logits from unmerged ones, relative to these: what rounding each weight and

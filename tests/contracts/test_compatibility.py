@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from benchmarks.compatibility import PAGE, page
+from lowres.bench import compatibility
 from lowres.core import registry
 from lowres.core.compatibility import Cell, Combination, Table, told
 from lowres.core.errors import InputError, LowresError
 from lowres.core.reading import load_recipe
-from lowres.run import compatibility
-from lowres.run.nearest import nearest
+from lowres.planning.nearest import nearest
 
 
 def test_no_cell_is_blank() -> None:
@@ -83,7 +83,7 @@ def test_a_forked_process_begins_with_one_thread(
     no pool of torch's now and then."""
     import torch
 
-    from lowres.run import compatibility_cell
+    from lowres.bench import compatibility_cell
 
     said: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", said.append)
@@ -105,7 +105,7 @@ def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from lowres.run.compatibility_cell import same_files
+    from lowres.bench.compatibility_cell import same_files
 
     for name, value in (("a", 1.0), ("b", 1.0), ("c", 1.0000001)):
         (tmp_path / name).mkdir()
@@ -118,7 +118,8 @@ def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a cell looks at after its first run: recipe, inputs, folder, batch, logits."""
-    from lowres.run import build, merging
+    from lowres.making import build
+    from lowres.run import merging
     from lowres.run.execute import execute
 
     folder = tmp_path_factory.mktemp("cell")
@@ -156,8 +157,8 @@ def test_a_broken_reload_or_merge_is_noticed(
     nothing in, a merged file with another value; and what is whole goes through."""
     import shutil
 
+    from lowres.bench.compatibility_cell import same_answers
     from lowres.bridges import peft, transformers
-    from lowres.run.compatibility_cell import same_answers
 
     one, inputs, model, batch, trained = tried
     saved = tmp_path / "model"
@@ -186,8 +187,8 @@ def test_a_broken_reload_or_merge_is_noticed(
 
 def test_a_whole_model_that_is_not_the_trained_one_is_noticed(tried: Any, tmp_path: Path) -> None:
     """Behaviour: the base's own weights in place of what full training saved."""
+    from lowres.bench.compatibility_cell import same_answers
     from lowres.bridges.transformers import resolve
-    from lowres.run.compatibility_cell import same_answers
 
     one, inputs, _, batch, trained = tried
     base = Path(resolve(one.model.checkpoint).location)

@@ -20,7 +20,7 @@ from lowres.core import registry
 from lowres.core.errors import InputError
 from lowres.core.rotation import Rotating
 from lowres.core.scored import Scored
-from lowres.run.build import build
+from lowres.making.build import build
 from tests.conftest import KINDS, ROOT, sample_part, sampled
 
 FREEZING = registry.names("freezing")

@@ -22,8 +22,8 @@ from lowres.bridges.transformers import loading_in_this_thread
 from lowres.bridges.unpacking import unpacked
 from lowres.core import registry
 from lowres.core.errors import InputError
+from lowres.making.build import build
 from lowres.memory.live import LiveBytes
-from lowres.run.build import build
 from tests.conftest import GATED, KINDS, no_place, sample_part, sampled
 from tests.updates import SMOOTH, compare, one_vector, two_updates
 

@@ -13,7 +13,7 @@ import torch
 
 from lowres.core import registry
 from lowres.core.errors import InputError
-from lowres.run.build import Built, build
+from lowres.making.build import Built, build
 from lowres.run.written import stop_at_lost
 from tests.conftest import KINDS, NO_PLACE, ROOT, no_place, sample_part, sampled
 

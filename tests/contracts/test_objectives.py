@@ -11,7 +11,7 @@ import torch
 
 from lowres.core import registry
 from lowres.core.example import collate
-from lowres.run.build import build
+from lowres.making.build import build
 from tests.conftest import KINDS, ROOT, sample_part
 
 OBJECTIVES = registry.names("objective")

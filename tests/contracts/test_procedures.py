@@ -71,7 +71,7 @@ def test_the_default_setting_equals_a_loop_written_by_hand(
 ) -> None:
     """Reference: forward, backward, clip, step over the same rows; to float32 rounding."""
     from lowres.core import schedule
-    from lowres.run.data import Order
+    from lowres.making.data import Order
 
     one = recipe("encoder", procedure=sample_part("procedure", procedure), loop={"steps": STEPS})
     ours = lowres.run(one, output_folder=tmp_path / "ours", quiet=True, plan=False)

@@ -39,7 +39,7 @@ def test_a_recipe_fits_its_own_budget(path: Path) -> None:
     """
     from lowres.core.paths import data_folder
     from lowres.memory import device
-    from lowres.run.plan import plan
+    from lowres.planning.plan import plan
 
     recipe = load_recipe(path)
     name = recipe.model.checkpoint.rpartition("/")[2]

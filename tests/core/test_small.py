@@ -9,7 +9,7 @@ from lowres.core import registry, schedule, units
 from lowres.core.blocks import Blocks
 from lowres.core.errors import InputError
 from lowres.core.example import IGNORED, Row, collate
-from lowres.run.data import Order
+from lowres.making.data import Order
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])

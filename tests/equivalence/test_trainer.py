@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lowres
-from lowres.run.data import Order
+from lowres.making.data import Order
 
 
 class ListSampler(torch.utils.data.Sampler[int]):

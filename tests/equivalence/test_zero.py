@@ -316,7 +316,7 @@ def test_on_a_card_the_plan_parts_device_and_host(
     """Closed form: with states on the host, each trained parameter of float32 is there as master,
     gradient, two states and a copy to be sent: 20 bytes; the device holds none of these."""
     from lowres.memory import device as devices
-    from lowres.run.plan import plan
+    from lowres.planning.plan import plan
 
     planned = {}
     for place in ("cpu", "none"):

@@ -15,10 +15,10 @@ from lowres.core.errors import InputError
 from lowres.core.scored import Scored
 from lowres.freezing import _gradients
 from lowres.freezing.semantic import _Bases
+from lowres.making.build import assemble, build, read, sample_of
 from lowres.memory.translate import Target
-from lowres.run import portions
-from lowres.run.build import assemble, build, read, sample_of
-from lowres.run.rehearsal import rehearse
+from lowres.planning import portions
+from lowres.planning.rehearsal import rehearse
 from tests.conftest import sample_part
 
 NAMES = tuple(f"block.{i}" for i in range(6))

@@ -12,7 +12,7 @@ import torch
 
 import lowres
 from lowres.core.errors import InputError
-from lowres.run.build import build
+from lowres.making.build import build
 from tests.conftest import sample_part
 
 SHARED: dict[str, str] = {

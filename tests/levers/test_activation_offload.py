@@ -13,15 +13,15 @@ from torch import nn
 import lowres
 from lowres.core import host
 from lowres.levers._saved import Saved, Ticket
+from lowres.making.build import build
 from lowres.memory import device as devices
 from lowres.memory.live import LiveBytes, tensors_of
 from lowres.memory.translate import Target
-from lowres.run.assumed import inputs_for
-from lowres.run.build import build
-from lowres.run.plan import plan
-from lowres.run.rehearsal import rehearse
+from lowres.planning.assumed import inputs_for
+from lowres.planning.plan import plan
+from lowres.planning.rehearsal import rehearse
 from tests.conftest import KINDS, sampled
-from tests.planner.conftest import config_folder, planned_recipe
+from tests.planning.conftest import config_folder, planned_recipe
 from tests.updates import SMOOTH, compare, peak_bytes
 
 __all__ = ["config_folder", "planned_recipe"]

@@ -13,8 +13,8 @@ import lowres
 from lowres.core.batching import Batching, batching_of, in_order, padded
 from lowres.core.errors import InputError
 from lowres.core.example import IGNORED, Row, collate, real_tokens
-from lowres.run.build import build, read
-from lowres.run.gradients import micro_batches
+from lowres.making.build import build, read
+from lowres.making.gradients import micro_batches
 
 PACKING, BUCKETING = "sequence_packing", "length_bucketing"
 
@@ -184,7 +184,7 @@ def test_it_takes_the_padding_away(
 ) -> None:
     """Reference: measured live bytes on the CPU, equal to the plan to the byte, and the padded
     tokens of an update beside those without the lever."""
-    from lowres.run.portions import usual_work
+    from lowres.planning.portions import usual_work
 
     loop = {"loop": {"micro_batch_size": 4, "global_batch_size": 8, "max_length": 48}}
     found = []

@@ -18,10 +18,10 @@ from lowres.core.errors import InputError
 from lowres.core.example import IGNORED
 from lowres.core.reading import load_recipe
 from lowres.levers._summed import used_in_slices
+from lowres.making.build import build
 from lowres.memory import device as devices
 from lowres.memory.live import LiveBytes
-from lowres.run.build import build
-from lowres.run.plan import plan
+from lowres.planning.plan import plan
 from tests.conftest import sampled
 
 ROOT = Path(__file__).resolve().parent.parent.parent

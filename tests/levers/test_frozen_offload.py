@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 import lowres
 from lowres.bridges.streaming import streamed_of, streamed_tensors
 from lowres.core.errors import InputError
+from lowres.making.build import build
 from lowres.memory import device as devices
+from lowres.memory.held import held
 from lowres.memory.live import LiveBytes
-from lowres.run.build import build
-from lowres.run.held import held
+from lowres.planning.plan import plan
 from lowres.run.merging import merge
-from lowres.run.plan import plan
 from tests.core.test_disk import MAPS, file_of
-from tests.planner.conftest import config_folder, planned_recipe  # noqa: F401
+from tests.planning.conftest import config_folder, planned_recipe  # noqa: F401
 
 TINY = {"checkpoint": "package:lowres/assets/tiny_lm"}
 LORA: dict[str, Any] = {"method": {"name": "lora", "targets": "all-linear"}}

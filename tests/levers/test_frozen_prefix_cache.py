@@ -17,12 +17,12 @@ from lowres.bridges import accelerate
 from lowres.bridges.peft import unwrap_adapted
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
+from lowres.making.build import build, engine_of, read
+from lowres.making.gradients import make_gradients, micro_batches
 from lowres.memory import device as devices
-from lowres.run.build import build, engine_of, read
-from lowres.run.gradients import make_gradients, micro_batches
-from lowres.run.plan import plan
+from lowres.planning.plan import plan
 from tests.conftest import sampled
-from tests.planner.conftest import config_folder, planned_recipe  # noqa: F401
+from tests.planning.conftest import config_folder, planned_recipe  # noqa: F401
 
 LEVER = "frozen_prefix_cache"
 ALL = {"name": "prefix", "frozen": 2}

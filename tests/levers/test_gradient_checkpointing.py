@@ -10,12 +10,12 @@ import pytest
 
 import lowres
 from lowres.core.errors import InputError
+from lowres.making.build import build
+from lowres.making.gradients import micro_batches
 from lowres.memory import device as devices
-from lowres.run.build import build
-from lowres.run.gradients import micro_batches
-from lowres.run.plan import plan
+from lowres.planning.plan import plan
 from tests.conftest import KINDS, sampled
-from tests.planner.conftest import config_folder, planned_recipe
+from tests.planning.conftest import config_folder, planned_recipe
 from tests.updates import SMOOTH, compare, peak_bytes
 
 __all__ = ["config_folder", "planned_recipe"]

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 import lowres
 from lowres.bridges import narrow
 from lowres.core.errors import InputError, OutOfTime
+from lowres.making.build import build
 from lowres.memory.live import LiveBytes
-from lowres.run.build import build
 from tests.conftest import KINDS, sampled
 
 LEVERS = {"bf16_weights": torch.bfloat16, "fp16_weights": torch.float16}

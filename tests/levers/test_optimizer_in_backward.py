@@ -15,10 +15,10 @@ from lowres.bridges import accelerate
 from lowres.core.engine import BackPropagation
 from lowres.core.errors import InputError, LowresError, OutOfMemory
 from lowres.core.in_backward import UpdatesInBackward
+from lowres.making import build
+from lowres.making.gradients import make_gradients
+from lowres.memory.held import held
 from lowres.memory.live import LiveBytes
-from lowres.run import build
-from lowres.run.gradients import make_gradients
-from lowres.run.held import held
 from tests.conftest import KINDS
 
 LOOP = {"micro_batch_size": 8, "max_grad_norm": None}

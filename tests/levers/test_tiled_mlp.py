@@ -12,12 +12,12 @@ import torch
 import lowres
 from lowres.core.errors import InputError
 from lowres.levers.tiled_mlp import tiled
+from lowres.making.build import build
 from lowres.memory import device as devices
 from lowres.memory.live import LiveBytes, tensors_of
-from lowres.run.build import build
-from lowres.run.plan import plan
+from lowres.planning.plan import plan
 from tests.conftest import awaken
-from tests.planner.conftest import config_folder, planned_recipe
+from tests.planning.conftest import config_folder, planned_recipe
 from tests.updates import SMOOTH, compare, peak_bytes
 
 __all__ = ["config_folder", "planned_recipe"]

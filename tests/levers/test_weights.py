@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import lowres
 from lowres.bridges import bitsandbytes as bridge
 from lowres.core.errors import InputError, OutOfTime
+from lowres.making.build import build
 from lowres.memory.live import LiveBytes
-from lowres.run.build import build
 from tests.conftest import KINDS
 
 TINY = {"checkpoint": "package:lowres/assets/tiny_lm"}

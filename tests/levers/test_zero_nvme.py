@@ -20,7 +20,7 @@ from lowres.bridges import deepspeed_disk, deepspeed_fitting
 from lowres.core.errors import InputError
 from lowres.levers.zero import Zero
 from lowres.memory import device as devices
-from lowres.run.plan import plan
+from lowres.planning.plan import plan
 
 BOTH: dict[str, Any] = {
     "stage": 3,

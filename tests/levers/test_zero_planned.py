@@ -19,7 +19,7 @@ from lowres.bridges.deepspeed_settings import Settings, planned_settings
 from lowres.core.errors import NotPlanned
 from lowres.levers.zero import Zero
 from lowres.memory import device as devices
-from lowres.run.plan import plan
+from lowres.planning.plan import plan
 
 AUTO = dict.fromkeys(
     ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowres.run.build import build
-from lowres.run.gradients import micro_batches
+from lowres.making.build import build
+from lowres.making.gradients import micro_batches
 
 
 def llama(**changes: Any) -> Any:

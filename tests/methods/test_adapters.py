@@ -19,6 +19,7 @@ from lowres.bridges.peft_tuner import DeltaConfig
 from lowres.core import registry
 from lowres.core.delta import Delta, Tap
 from lowres.core.errors import InputError
+from lowres.making.build import build
 from lowres.methods._bottleneck import ParallelAdapter, SerialAdapter
 from lowres.methods._kronecker import (
     Hypercomplex,
@@ -29,7 +30,6 @@ from lowres.methods._kronecker import (
     near_square,
 )
 from lowres.methods._masked import MaskedAdapter, MaskedLinear
-from lowres.run.build import build
 from tests.conftest import tiny_config
 
 CPU = torch.device("cpu")

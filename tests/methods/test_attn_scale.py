@@ -12,7 +12,7 @@ import torch
 from lowres.bridges.blocks import map_blocks
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
-from lowres.run.build import build
+from lowres.making.build import build
 
 METHOD: Any = registry.load("method", "attn_scale")
 BLOCKS, WIDTH, HEADS = 2, 8, 2

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from lowres.bridges.blocks import map_blocks
 from lowres.core import registry
 from lowres.core.errors import LowresError
+from lowres.making.build import build
+from lowres.making.gradients import micro_batches
 from lowres.methods._by_token import TokenIds, TokenRows, fuse
-from lowres.run.build import build
-from lowres.run.gradients import micro_batches
 from tests.conftest import KINDS
 from tests.methods.adapted import all_move, far_gradients
 from tests.methods.test_prefixes import logits, plain, rows

@@ -74,7 +74,7 @@ def test_a_method_trains_as_much_as_in_the_study(
 ) -> None:
     """Reference: the published count, to one unit of its last printed digit; closed form where the
     study has none."""
-    from lowres.run.counts import counts
+    from lowres.planning.counts import counts
 
     cls: Any = registry.load("method", method)
     found = counts(cls(**settings), config_of(model)).trainable
@@ -99,7 +99,7 @@ def test_bitfit_trains_every_bias(family: str, sizes: dict[str, Any], count: int
     """Closed form, from the configuration alone, at published sizes."""
     from transformers import BertConfig, GPT2Config
 
-    from lowres.run.counts import counts
+    from lowres.planning.counts import counts
 
     config = {"gpt2": GPT2Config, "bert": BertConfig}[family](**sizes)
     cls: Any = registry.load("method", "bitfit")
@@ -111,7 +111,7 @@ def test_bitfit_has_nothing_to_train_in_t5(model: str) -> None:
     """Behaviour: its layers and norms have no biases, and what is called a bias of its attention is
     a table of relative positions. Refused, with what has some."""
     from lowres.core.errors import InputError
-    from lowres.run.counts import counts
+    from lowres.planning.counts import counts
 
     cls: Any = registry.load("method", "bitfit")
     with pytest.raises(InputError, match="has no bias.*use lora, or a model with biases"):
@@ -128,8 +128,8 @@ def test_there_are_rows() -> None:
 def test_a_count_from_shapes_is_that_of_the_model(method: str, kind: Kind, recipe: Any) -> None:
     """Reference: parameters that require a gradient in a model that was built and has weights."""
     from lowres.core.errors import InputError, LowresError
-    from lowres.run.build import build
-    from lowres.run.counts import counts
+    from lowres.making.build import build
+    from lowres.planning.counts import counts
 
     objective = "label_words"
     try:
@@ -190,7 +190,7 @@ def test_queries_and_values_that_peft_does_not_list_are_found(name: str) -> None
     import transformers
 
     from lowres.bridges.blocks import map_blocks
-    from lowres.run.counts import counts
+    from lowres.planning.counts import counts
 
     head, sizes, count = UNLISTED[name]
     config = getattr(transformers, f"{name}Config")(**sizes)
@@ -207,7 +207,7 @@ def test_queries_and_values_that_nobody_knows_are_refused() -> None:
     from transformers import MambaConfig
 
     from lowres.core.errors import InputError
-    from lowres.run.counts import counts
+    from lowres.planning.counts import counts
 
     lora: Any = registry.load("method", "lora")()
     config = MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4)
@@ -217,7 +217,7 @@ def test_queries_and_values_that_nobody_knows_are_refused() -> None:
 
 def test_a_freezing_takes_blocks_out_of_the_count() -> None:
     """Closed form: LoRA in half of the blocks has half of the parameters."""
-    from lowres.run.counts import counts
+    from lowres.planning.counts import counts
 
     config, lora = tiny_config("decoder"), registry.load("method", "lora")()
     prefix: Any = registry.load("freezing", "prefix")

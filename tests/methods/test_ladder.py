@@ -14,7 +14,7 @@ from lowres.bridges.blocks import checkpoint_blocks, map_blocks
 from lowres.bridges.peft import preload, unwrap_adapted
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
-from lowres.run.build import build
+from lowres.making.build import build
 
 WORDS = 61
 D, F = 32, 48

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from lowres.bridges import transformers
 from lowres.core import registry
 from lowres.core.choosing import Choosing
+from lowres.making.build import build
 from lowres.methods._adapter import Adapter
-from lowres.run.build import build
 from tests.conftest import ROOT, sample_part
 from tests.methods import plain_peft
 

@@ -25,7 +25,7 @@ from lowres.bridges.blocks import map_blocks
 from lowres.bridges.peft_tuner import entries_of
 from lowres.core import registry
 from lowres.core.errors import InputError
-from lowres.run.build import build
+from lowres.making.build import build
 from tests.conftest import sample_part
 
 D, F, KV, LAYERS = 16, 24, 8, 2

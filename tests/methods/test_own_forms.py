@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowres.core.errors import LowresError
-from lowres.run.build import Built, build
+from lowres.making.build import Built, build
 from tests.methods.adapted import adapted, llama, logits, moved
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ from lowres.bridges import attention, peft_tuner
 from lowres.bridges.blocks import checkpoint_blocks, map_blocks
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
+from lowres.making.build import build
+from lowres.making.gradients import micro_batches
 from lowres.methods._prefix import KeyValuePrefix, flatten
-from lowres.run.build import build
-from lowres.run.gradients import micro_batches
 from tests.conftest import KINDS, tiny_config
 from tests.methods.adapted import all_move, far_gradients
 

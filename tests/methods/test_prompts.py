@@ -32,8 +32,8 @@ from lowres.core.errors import InputError, LowresError
 from lowres.core.example import IGNORED
 from lowres.core.learner import Learner
 from lowres.levers.chunked_logits import ChunkedLearner
-from lowres.run.build import build
-from lowres.run.weights import casts, types_of
+from lowres.making.build import build
+from lowres.making.weights import casts, types_of
 from tests.conftest import sample_part
 
 METHODS = ("prompt_tuning", "p_tuning")

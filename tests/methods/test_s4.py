@@ -11,8 +11,8 @@ import torch
 from lowres.bridges.blocks import map_blocks
 from lowres.core import registry
 from lowres.core.delta import Delta
+from lowres.making.build import build
 from lowres.methods import s4
-from lowres.run.build import build
 from tests.methods.test_prefixes import logits, plain, rows
 
 PARTS = {"adapter": "SerialAdapter", "low rank": "LowRank", "prefix": "KeyValuePrefix",

@@ -17,10 +17,10 @@ import lowres
 from lowres.bridges import peft_tuner
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
+from lowres.making.build import Built, build, read, sample_of
 from lowres.memory.live import LiveBytes
 from lowres.methods import _entries
 from lowres.methods._sparse import PARTS, SparseDelta
-from lowres.run.build import Built, build, read, sample_of
 from tests.methods.adapted import adapted, falcon
 from tests.methods.adapted import deltas as parts
 

@@ -13,7 +13,7 @@ import lowres
 from lowres.core import registry
 from lowres.core.errors import InputError, OutOfTime
 from lowres.core.example import all_tokens, collate, real_tokens
-from lowres.run.build import build
+from lowres.making.build import build
 from tests.conftest import sample_part
 
 pytest.importorskip("sklearn")
@@ -266,7 +266,7 @@ def test_it_is_planned_from_its_configuration_and_data(
 ) -> None:
     """Behaviour: every operation is known; the parameters are those of the model."""
     from lowres.memory import device
-    from lowres.run.plan import plan
+    from lowres.planning.plan import plan
 
     one, built = make("attn_scale", model={"checkpoint": str(vit), "init": init})
     found = plan(one, device.load("cpu"))
@@ -276,7 +276,7 @@ def test_it_is_planned_from_its_configuration_and_data(
 
 def test_it_is_planned_without_the_images(make: Callable[..., Any]) -> None:
     """Reference: the batches of the data; an image is as large wherever it comes from."""
-    from lowres.run.assumed import assumed_inputs
+    from lowres.planning.assumed import assumed_inputs
 
     one, built = make("attn_scale")
     assumed = assumed_inputs(one).data.train
@@ -289,7 +289,7 @@ def test_it_is_planned_without_the_images(make: Callable[..., Any]) -> None:
 def test_a_search_over_lengths_is_refused(vit: Path) -> None:
     """Behaviour: an image's tokens are the model's."""
     from lowres.memory import device
-    from lowres.run.fit import fit
+    from lowres.recommend.fit import fit
 
     with pytest.raises(InputError, match="reads images"):
         fit(str(vit), None, device.load("rtx-4090"))

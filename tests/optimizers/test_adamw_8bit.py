@@ -15,7 +15,7 @@ from torch import nn
 import lowres
 from lowres.core import registry
 from lowres.core.errors import InputError
-from lowres.run.build import build
+from lowres.making.build import build
 from tests.conftest import KINDS
 
 NAMES = ("adamw_8bit", "paged_adamw_8bit")
@@ -199,10 +199,10 @@ def test_paged_states_are_planned_in_host_memory_and_over_the_bus(
 ) -> None:
     """Closed form: of matrices from 100,000 elements two states of a byte an element, of embeddings
     of four bytes; beside the plan of the optimizer that does not page."""
+    from lowres.making.build import build
     from lowres.memory import device
-    from lowres.run.build import build
-    from lowres.run.plan import plan
-    from lowres.run.plan import with_budget as recipe_in
+    from lowres.planning.plan import plan
+    from lowres.planning.plan import with_budget as recipe_in
 
     tiny = {"checkpoint": "package:lowres/assets/tiny_lm"}
     make = lambda name: recipe(

@@ -169,8 +169,8 @@ def test_a_run_is_planned_to_the_byte_and_resumed_to_the_bit(
 
 def test_lomo_is_gradient_descent(recipe: Callable[..., Any], tmp_path: Path) -> None:
     """Reference: a loop of plain gradient steps over the same rows."""
-    from lowres.run.build import build
-    from lowres.run.gradients import make_gradients
+    from lowres.making.build import build
+    from lowres.making.gradients import make_gradients
     from tests.levers.test_optimizer_in_backward import prepared
 
     one = recipe(optimizer={"name": "lomo", "lr": 0.1}, loop=LOOP)
@@ -195,7 +195,7 @@ def test_mezo_steps_along_its_perturbation(recipe: Callable[..., Any]) -> None:
     weights are within two roundings."""
     import copy
 
-    from lowres.run.gradients import make_gradients
+    from lowres.making.gradients import make_gradients
     from tests.levers.test_optimizer_in_backward import prepared
 
     one = recipe(

@@ -12,7 +12,8 @@ import pytest
 
 import lowres
 from lowres.core.errors import DoesNotFit, InputError, Interrupted, LowresError
-from lowres.run import build, checkpoint
+from lowres.making import build
+from lowres.run import checkpoint
 from lowres.run.session import TrainingSession
 
 TOO_SMALL = {"host_gib": 1e-6}

@@ -75,7 +75,7 @@ def test_changes_are_weighed_after_a_word_that_they_are(
 
 def test_a_limit_of_the_host_is_the_budget_or_this_machine(recipe: Callable[..., Any]) -> None:
     """Closed form: of a card that is not here nothing is known of its host."""
-    from lowres.run.plan import host_limit
+    from lowres.planning.plan import host_limit
 
     with_budget, without = recipe(budget={"host_gib": 2}), recipe()
     assert host_limit(with_budget, devices.load("t4")) == (2 * GIB, "budget.host_gib 2 allows")

@@ -16,12 +16,12 @@ import lowres
 from lowres.bridges import accelerate
 from lowres.core.engine import BackPropagation
 from lowres.core.errors import Diverged, GuardFailed
+from lowres.making.build import build, engine_of
+from lowres.making.gradients import make_gradients, micro_batches
 from lowres.run import guards
-from lowres.run.build import build, engine_of
 from lowres.run.checksums import checksum, fingerprint
-from lowres.run.gradients import make_gradients, micro_batches
 from lowres.run.guards import Guards
-from lowres.run.weights import remark_on_bfloat16
+from lowres.run.remarks import remark_on_bfloat16
 from tests.conftest import KINDS
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import lowres
 from lowres.bridges import bases, peft, transformers
 from lowres.core.errors import InputError, LowresError
+from lowres.making.build import build
 from lowres.run import merging
-from lowres.run.build import build
 
 TINY = {"checkpoint": "package:lowres/assets/tiny_lm"}
 STRONG = {"name": "lora", "targets": "all-linear", "rank": 4, "alpha": 64}

@@ -14,8 +14,9 @@ import lowres
 from lowres.bridges import peft, transformers
 from lowres.bridges.bitsandbytes import asked_bytes, quantisation_state
 from lowres.core.errors import InputError, LowresError
-from lowres.run import weights
-from lowres.run.build import build
+from lowres.making import weights
+from lowres.making.build import build
+from lowres.run import remarks
 from tests.conftest import KINDS
 
 TINY = {"checkpoint": "package:lowres/assets/tiny_lm"}
@@ -175,7 +176,7 @@ def test_what_is_widened_is_told_with_its_bytes(
     assert told is not None
     assert told[0] == f"cast: 6 tensors, {6 * 64} B: " and len(told[1]) == 6
     assert all(each.endswith(" (bfloat16 to float32, 64 B)") for each in told[1])
-    found = list(weights.remarks(one, built.loaded, built.model, torch.device("cpu")))
+    found = list(remarks.of_weights(one, built.loaded, built.model, torch.device("cpu")))
     assert found == [("cast", *told)]
     record = lowres.run(one, output_folder=tmp_path / "out", plan=False)
     (event,) = [e.text for e in record.events if e.kind == "cast"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from lowres.bridges import peft, transformers
 from lowres.core.errors import GuardFailed, InputError
-from lowres.run.build import build
+from lowres.making.build import build
 from lowres.run.written import stop_at_lost
 from tests.conftest import KINDS
 

@@ -1,0 +1,1 @@
+"""What to run: the best recipe that fits a card, and which method to try first."""

@@ -1,0 +1,75 @@
+"""Which micro-batches of an update a plan looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import lowres
+from lowres.core.example import Batch, real_tokens
+from lowres.making import build
+from lowres.making.gradients import micro_batches
+from lowres.planning import portions
+
+
+def batch(*lengths: int) -> Batch:
+    """Rows of so many tokens, padded to the longest."""
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    return {"input_ids": mask.clone(), "attention_mask": mask, "labels": mask.clone()}
+
+
+def test_the_first_the_largest_and_where_that_has_no_padding_the_largest_with_some() -> None:
+    """Against hand-made updates."""
+    assert portions.telling([batch(4, 4)]) == {0}
+    assert portions.telling([batch(9, 9), batch(4, 4), batch(5, 5)]) == {0, 2}
+    assert portions.telling([batch(4, 4), batch(4, 4), batch(4, 3)]) == {0, 2}
+    assert portions.telling([batch(4, 4), batch(6, 6), batch(3, 2), batch(5, 1)]) == {0, 1, 3}
+    assert portions.telling([batch(4, 3), batch(6, 6), batch(5, 5)]) == {0, 1}
+    assert portions.telling([batch(4, 4), batch(6, 6), batch(6, 5), batch(6, 4)]) == {0, 2}
+    packed = {"input_ids": torch.zeros(1, 9), "labels": torch.zeros(1, 9)}
+    assert portions.telling([packed, packed]) == {0, 1}
+
+
+def test_targets_decide_where_logits_are_made_for_them_alone() -> None:
+    """Against a hand-made update: fewer tokens, and more of them asked for."""
+    objective: Any = SimpleNamespace(targets=lambda b: int((b["labels"] == 1).sum()))
+    few, many = batch(6, 6), batch(5, 5)
+    few["labels"][:, 1:] = 0
+    assert portions.telling([many, few, many]) == {0, 1}
+    assert portions.telling([many, few, many], objective) == {0, 1, 2}
+    assert portions.telling([many, many, few, batch(6, 6)], objective) == {0, 3}
+
+
+def test_a_micro_batch_with_padding_among_full_ones_is_planned(
+    recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Reference: a real run. The one row that is short asks for a mask, in an update whose other
+    micro-batches are as large and have none."""
+    for name, rows in (("train", 15), ("valid", 1)):
+        full = [" ".join(["a"] * 31)] * rows
+        (tmp_path / f"{name}.txt").write_text("\n\n\n".join([*full, "a"]))
+    one = recipe(
+        task={"name": "text", "files": [str(tmp_path / "train.txt")],
+              "valid_files": [str(tmp_path / "valid.txt")]},
+        objective="next_token",
+        loop={"global_batch_size": 16, "micro_batch_size": 4, "steps": 2, "max_length": 32},
+    )  # fmt: skip
+    inputs = build.read(one)
+    built = build.build(one)
+    seen = []
+    for step in range(2):
+        rows = portions.rows_of(one, inputs.data, step)
+        made = micro_batches(one, built.learner, rows, one.loop.micro_batch_size)
+        seen += [real_tokens(b) < b["input_ids"].numel() for b in made[1:]]
+    assert any(seen) and not all(seen), [row.length for row in inputs.data.train]
+    record = lowres.run(one, output_folder=tmp_path / "out", quiet=True)
+    assert record.plan is not None
+    for phase in ("first_step", "steady_steps"):
+        planned = record.plan["phases"][phase]["live_bytes"]
+        assert planned == record.measured.phases[phase].live_bytes, phase
