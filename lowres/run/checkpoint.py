@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -72,14 +73,31 @@ def save(accelerator: Any, output: Path, progress: Progress, keep: int) -> int:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (aside / _PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+                _to_disk(*aside.rglob("*"), aside)
                 shutil.rmtree(final, ignore_errors=True)
                 aside.rename(final)
+                _to_disk(output)
                 for old in checkpoints(output)[:-keep]:
                     shutil.rmtree(old)
             accelerator.wait_for_everyone()
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder_bytes(final)
+
+
+def _to_disk(*paths: Path) -> None:
+    """Wait until it lies on the disk. Before that a power cut leaves empty files under the new
+    name, and those that it takes the place of must not be deleted."""
+    for path in paths:
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        elif os.name == "posix":  # elsewhere a folder cannot be opened
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 @contextlib.contextmanager

@@ -168,3 +168,32 @@ def test_a_disk_that_is_not_full_is_not_called_full(tmp_path: Path) -> None:
             into.mkdir()
         assert "disk is full" not in str(told.value) and "(0 B free)" not in str(told.value)
         assert ("--resume" in str(told.value)) == resumable
+
+
+def test_a_checkpoint_lies_on_the_disk_before_it_takes_a_place(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: a power cut loses what the system still holds back. So each file is written out
+    before the folder has its name, and the name before the checkpoint before it is deleted."""
+    done: list[tuple[str, Any]] = []
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def named(path: Path, target: Path) -> Path:
+        done.append(("named", target.name))
+        return rename(path, target)
+
+    def deleted(path: Path, *words: Any, **names: Any) -> None:
+        done.append(("deleted", Path(path).name))
+        rmtree(path, *words, **names)
+
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(("synced", os.fstat(file).st_ino)))
+    monkeypatch.setattr(Path, "rename", named)
+    monkeypatch.setattr(shutil, "rmtree", deleted)
+    keys = keys | {"loop": keys["loop"] | {"keep_checkpoints": 1}}
+    run(keys, output_folder=tmp_path / "out")
+    last = tmp_path / "out" / "checkpoint-4"
+    there = {("synced", path.stat().st_ino) for path in (last, *last.rglob("*"))}
+    name = done.index(("named", last.name))
+    assert len(there) > 3 and there <= set(done[:name])
+    before = done.index(("deleted", "checkpoint-2"), name)
+    assert ("synced", last.parent.stat().st_ino) in done[name:before]
