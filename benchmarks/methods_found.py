@@ -16,7 +16,6 @@ from typing import Any
 from benchmarks.levers import ROOT
 from benchmarks.methods import records
 from benchmarks.methods_page import saved
-from lowres.bench.searching import as_good_as_best
 from lowres.core.record import Score, from_file
 
 ASSET = ROOT / "lowres" / "assets" / "methods" / "found.json"
@@ -36,8 +35,19 @@ def found() -> dict[str, Any]:
     return out
 
 
+def taken() -> dict[tuple[str, str], float]:
+    """The rate that each suite's runs took, by its folder and the method."""
+    out = {}
+    for folder in SEARCHES.glob("*/cpu/search"):
+        for file in sorted(folder.parent.glob("*.json")):
+            recipe = from_file(file).recipe
+            out[folder.parent.parent.name, recipe["method"]["name"]] = recipe["optimizer"]["lr"]
+    return out
+
+
 def good_rates() -> dict[str, list[dict[str, Any]]]:
-    """Of each method the smallest rate of each search that is as good as the best one, with all."""
+    """Of each method what was tried in each search and what the runs after it took."""
+    rates = taken()
     tried: dict[tuple[Any, ...], dict[float, Score]] = defaultdict(dict)
     for file in sorted(SEARCHES.glob("*/cpu/search/*.json")):
         record = from_file(file)
@@ -50,10 +60,10 @@ def good_rates() -> dict[str, list[dict[str, Any]]]:
                recipe["optimizer"]["name"])  # fmt: skip
         tried[key][recipe["optimizer"]["lr"]] = score
     out: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for (method, _, task, rows, model, optimizer), scored in tried.items():
+    for (method, suite, task, rows, model, optimizer), scored in tried.items():
         # All the same: nothing was learned, and nothing is told.
-        if len({s.value for s in scored.values()}) > 1:
-            told = {"rate": as_good_as_best(scored), "tried": sorted(scored), "task": task,
+        if (suite, method) in rates and len({s.value for s in scored.values()}) > 1:
+            told = {"rate": rates[suite, method], "tried": sorted(scored), "task": task,
                     "rows": rows, "model": model, "optimizer": optimizer}  # fmt: skip
             out[method].append(told)
     return out
