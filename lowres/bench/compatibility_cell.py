@@ -128,7 +128,7 @@ def _whole(inputs: build.Inputs, request: LoadRequest, folder: Path) -> Learner:
     config = transformers.load_config(str(folder), None, False)
     request = dataclasses.replace(request, checkpoint=str(folder), revision=None, init="pretrained")
     model, _ = transformers.load_model(request, config, inputs.encoder.pad_id, 0)
-    blocks = map_blocks(model, [], True, False)
+    blocks = map_blocks(model)
     return Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 
 

@@ -98,7 +98,7 @@ def outside_blocks(request: LoadRequest) -> list[str]:
         skeleton = auto_class(request.head, config).from_config(
             config, trust_remote_code=request.trust_remote_code
         )
-    blocks = tuple(f"{name}." for name in map_blocks(skeleton, [], True, True).names)
+    blocks = tuple(f"{name}." for name in map_blocks(skeleton).names)
     return [
         path
         for path, module in skeleton.named_modules()

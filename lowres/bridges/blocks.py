@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -19,13 +20,12 @@ _STEM = re.compile(r"(^|\.)([a-z_]*emb[a-z_]*|project_in)(\.|$)")
 
 
 def map_blocks(
-    model: nn.Module, fresh: list[str], pretrained: bool, may_have_new_head: bool
+    model: nn.Module, fresh: Iterable[str] = (), *, may_have_new_head: bool = False
 ) -> Blocks:
     """The map of a model's parameters: repeated blocks, embeddings below, what was made anew.
 
     Args:
-        fresh: Parameters that the checkpoint did not hold.
-        pretrained: False when all weights are random on purpose.
+        fresh: Parameters that a checkpoint lacked; of weights that are random on purpose, none.
         may_have_new_head: Whether parameters above the blocks may be among the fresh ones.
 
     Raises:
@@ -56,7 +56,7 @@ def map_blocks(
         )
     output = getattr(model, "get_output_embeddings", lambda: None)()
     stem, head, lost = set(), set(), []
-    fresh_set = set(fresh) if pretrained else set()
+    fresh_set = set(fresh)
     for path, module in model.named_modules():
         own = [n for n, _ in module.named_parameters(recurse=False)]
         inside = any(path == n or path.startswith(n + ".") for n in names)

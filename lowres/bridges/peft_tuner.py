@@ -257,9 +257,7 @@ def _found(config: DeltaConfig, model: nn.Module) -> Sequence[Piece]:
     if not config.method:
         raise ValueError("DeltaConfig wants a method: method='houlsby', settings={'reduction': 16}")
     cls: Any = registry.load("method", config.method)
-    pieces: Sequence[Piece] = cls(**config.settings).pieces(
-        model, map_blocks(model, [], True, False)
-    )
+    pieces: Sequence[Piece] = cls(**config.settings).pieces(model, map_blocks(model))
     return pieces
 
 

@@ -198,8 +198,8 @@ def assemble(
     seed = recipe.loop.seed
     loads = load or transformers.load_model
     model, fresh = loads(request, inputs.config, inputs.encoder.pad_id, seed)
-    pretrained = recipe.model.init == "pretrained"
-    blocks = map_blocks(model, fresh, pretrained, inputs.head == "classification")
+    lacking = fresh if recipe.model.init == "pretrained" else ()
+    blocks = map_blocks(model, lacking, may_have_new_head=inputs.head == "classification")
     if load is None:
         weights.stop_at_wide(model, request, blocks, fresh)
     loaded = weights.types_of(model)

@@ -61,9 +61,9 @@ def counts(method: Method, config: Any, freezing: Freezing | None = None) -> Cou
     )  # fmt: skip
     tracer = Tracer()
     with rehearsal.rehearsing(), tracer, tracer.paused():
-        model, fresh = rehearsal.load_shapes(request, copy.deepcopy(config), 0, 0)
+        model, _ = rehearsal.load_shapes(request, copy.deepcopy(config), 0, 0)
         held = sum(element_count(p) for p in model.parameters())
-        learner = Learner(model, model, None, kind, head, map_blocks(model, fresh, False, False))
+        learner = Learner(model, model, None, kind, head, map_blocks(model))
         blocks = _chosen(freezing, learner)
         if isinstance(method, Choosing):
             adapted = method.put(model, blocks, method.expected(model, blocks))

@@ -144,8 +144,8 @@ def adapted(
     model, fresh = transformers.load_model(request, config, inputs.encoder.pad_id, seed)
     if not same_base:
         bases.stop_at_other(model, request.revision, adapter)
-    pretrained = recipe.model.init == "pretrained"
-    blocks = map_blocks(model, fresh, pretrained, inputs.head == "classification")
+    lacking = fresh if recipe.model.init == "pretrained" else ()
+    blocks = map_blocks(model, lacking, may_have_new_head=inputs.head == "classification")
     model = peft.load_adapter(model, adapter).eval()
     return Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 

@@ -76,9 +76,7 @@ def part_of(method: str, **fields: Any) -> Any:
 
 
 def adapted(model: Any, method: str, **fields: Any) -> Any:
-    return part_of(method, **(WIDTHS[method] | fields)).apply(
-        model, map_blocks(model, [], True, False)
-    )
+    return part_of(method, **(WIDTHS[method] | fields)).apply(model, map_blocks(model))
 
 
 def deltas_of(model: nn.Module, kind: type) -> list[Any]:
@@ -417,7 +415,7 @@ def test_what_is_trained_in_t5_large_is_counted_by_a_formula(method: str, t5_lar
     would be trained, so that no copy of the model is needed."""
     part = part_of(method)
     config = DeltaConfig(method=method)
-    config.place(part.pieces(t5_large, map_blocks(t5_large, [], True, False)), t5_large)
+    config.place(part.pieces(t5_large, map_blocks(t5_large)), t5_large)
     before: list[Delta] = []
     for path, module in t5_large.named_modules():
         before += config.make(path, module, before).values()

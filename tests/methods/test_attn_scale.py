@@ -51,7 +51,7 @@ def model_of(family: str) -> Any:
 
 def adapted(family: str, **fields: Any) -> Any:
     model = model_of(family)
-    return METHOD(**fields).apply(model, map_blocks(model, [], True, False)).double()
+    return METHOD(**fields).apply(model, map_blocks(model)).double()
 
 
 def shaken(model: Any) -> Any:
@@ -206,7 +206,7 @@ def test_a_factor_that_a_norm_of_queries_takes_away_is_refused(name: str, fields
     )  # fmt: skip
     model = getattr(tf, f"{name}ForCausalLM")(config)
     with pytest.raises(InputError, match="normalised"):
-        METHOD(scales=("map",)).apply(model, map_blocks(model, [], True, False))
+        METHOD(scales=("map",)).apply(model, map_blocks(model))
 
 
 def test_a_model_with_normalised_queries_takes_the_rest() -> None:
@@ -238,7 +238,7 @@ def test_queries_that_lie_head_by_head_are_not_scaled_by_a_guess() -> None:
         )  # fmt: skip
 
     apart = model(shared=False)
-    blocks = map_blocks(apart, [], True, False)
+    blocks = map_blocks(apart)
     with pytest.raises(InputError, match=r"which rows of '.*c_attn' are queries is not known"):
         METHOD(scales=("map",)).apply(apart, blocks)
     adapted_shared = METHOD(scales=("map",)).apply(model(shared=True), blocks)

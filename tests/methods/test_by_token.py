@@ -28,7 +28,7 @@ FAMILIES = (*KINDS, "gpt2", "llama")
 def adapted(family: str, form: str, only: int | None = None) -> tuple[Any, Any]:
     """A model with factors far from zero, and the deltas of its blocks by their path."""
     model = plain(family)
-    blocks = map_blocks(model, [], True, False)
+    blocks = map_blocks(model)
     if only is not None:
         blocks = blocks.only(blocks.names[only : only + 1], train_stem=False)
     method = registry.load("method", "aot_p_tuning")(form=form, rank=3)
@@ -227,7 +227,7 @@ def test_it_trains_over_four_bits(kind: str, form: str, recipe: Callable[..., An
 def test_each_form_has_the_papers_rank_unless_another_is_given(form: str, rank: int) -> None:
     """Closed form: the inner width of either; the Kronecker form's outer matrix has rank^2 rows."""
     model = plain("llama")
-    blocks = map_blocks(model, [], True, False)
+    blocks = map_blocks(model)
     out = registry.load("method", "aot_p_tuning")(form=form).apply(model, blocks)
     found = [m for m in out.modules() if isinstance(m, TokenRows)]
     assert len(found) == len(blocks.trained)

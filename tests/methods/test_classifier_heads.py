@@ -59,7 +59,8 @@ def test_a_classifier_s_adapter_loads_again(
     model = make().eval()
     model.save_pretrained(tmp_path / "base")
     plain = copy.deepcopy(model)
-    blocks = map_blocks(model, list({"all": head, "last": head[:2], "none": ()}[fresh]), True, True)
+    made = {"all": head, "last": head[:2], "none": ()}[fresh]
+    blocks = map_blocks(model, made, may_have_new_head=True)
     assert blocks.head == HEADS[kind]
     adapted: Any = registry.load("method", method)().apply(model, blocks)  # type: ignore[attr-defined]
     for parameter in adapted.parameters():
@@ -84,7 +85,7 @@ def test_a_head_of_two_modules_is_merged_with_its_adapter(method: str) -> None:
     base = model(input_ids=IDS).logits
     cls: Any = registry.load("method", method)
     chosen = cls(**cls.sample_fields)
-    adapted = chosen.apply(model, map_blocks(model, list(head), True, True)).eval()
+    adapted = chosen.apply(model, map_blocks(model, head, may_have_new_head=True)).eval()
     draws = torch.Generator().manual_seed(1)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -106,7 +107,7 @@ def test_a_head_whose_name_peft_does_not_know_is_what_is_new() -> None:
     )  # fmt: skip
     model = transformers.BartForSequenceClassification(config)
     names = [n for n, _ in model.named_parameters() if n.startswith("classification_head")]
-    head = lambda fresh: map_blocks(model, fresh, True, True).head
+    head = lambda fresh: map_blocks(model, fresh, may_have_new_head=True).head
     assert head(names) == ("classification_head.dense", "classification_head.out_proj")
     last = [n for n in names if "out_proj" in n]
     assert head(last) == ("classification_head.out_proj",) and head([]) == ()

@@ -198,7 +198,7 @@ def test_queries_and_values_that_peft_does_not_list_are_found(name: str) -> None
     assert lora.targets == "paper"
     assert counts(lora, config).trainable == count
     model = getattr(transformers, name + head)(config)
-    adapted = lora.apply(model, map_blocks(model, [], True, False))
+    adapted = lora.apply(model, map_blocks(model))
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == count
 
 

@@ -47,7 +47,7 @@ def adapted(method: str, head: str, form: str, **fields: Any) -> tuple[Any, Any]
     one = cls(**keys | FIELDS.get((method, form), {}) | fields)
     model = deberta(head, form)
     heads = ["classifier"] if head == "SequenceClassification" else []
-    return one, one.apply(model, map_blocks(model, heads, True, bool(heads)))
+    return one, one.apply(model, map_blocks(model, heads, may_have_new_head=bool(heads)))
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -107,7 +107,7 @@ def made(request: pytest.FixtureRequest) -> Any:
 
 def adapted(model: Any, frozen: int = 0, **fields: Any) -> Any:
     method = registry.load("method", "ladder")(**{"reduction": 2} | fields)
-    blocks = map_blocks(model, [], True, False)
+    blocks = map_blocks(model)
     return method.apply(model, blocks.only(blocks.names[frozen:], train_stem=False))
 
 
@@ -200,7 +200,7 @@ def test_nothing_of_the_model_is_kept_for_backward(made: Any, recomputed: bool) 
     recomputed, where T5 asks for one of its biases.
     """
     seen: list[Any] = []
-    for name in map_blocks(made, [], True, False).names:
+    for name in map_blocks(made).names:
         for module in made.get_submodule(name).modules():
             module.register_forward_hook(lambda m, a, out: seen.append(out))
     model = adapted(made).train()
@@ -220,7 +220,7 @@ def test_less_is_kept_than_of_lora() -> None:
     """
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
-    everything = map_blocks(llama(**sizes), [], True, False)
+    everything = map_blocks(llama(**sizes))
     lora = registry.load("method", "lora")().apply(llama(**sizes), everything)
     ladder = adapted(llama(**sizes), reduction=8)
     assert size(kept(ladder)) < 0.5 * size(kept(lora))
@@ -248,7 +248,7 @@ def test_beside_a_model_in_bfloat16_half_is_kept() -> None:
 
 def test_parameters_are_counted_by_a_formula(made: Any) -> None:
     """Closed form: blocks of width w, (L + 1) d w a stack, d w up, and a gate each."""
-    names = map_blocks(made, [], True, False).names
+    names = map_blocks(made).names
     stacks = len({n.rpartition(".")[0] for n in names})
     w = D // 2
     ladder = adapted(made)
@@ -355,7 +355,7 @@ def test_an_encoders_output_of_the_same_size_is_told_from_the_last_one(disabled:
 
 def test_of_the_full_width_pruning_keeps_everything(made: Any) -> None:
     """Closed form: a small block that is as wide as the model's is the model's."""
-    names = map_blocks(made, [], True, False).names
+    names = map_blocks(made).names
     places = {n for n in names if n.endswith(".0")}
     for block in map(made.get_submodule, places):
         small = side_blocks.make(block, 1, True)

@@ -27,7 +27,7 @@ def mamba() -> Any:
 def adapted(method: str, **fields: Any) -> Any:
     model = mamba()
     cls: Any = registry.load("method", method)
-    return cls(**cls.sample_fields | fields).apply(model, map_blocks(model, [], True, False))
+    return cls(**cls.sample_fields | fields).apply(model, map_blocks(model))
 
 
 @pytest.mark.parametrize("method", ["lora", "krona", "loha", "ssb", "shira"])

@@ -57,7 +57,7 @@ def method(name: str, **fields: Any) -> Any:
 
 
 def adapt(model: nn.Module, one: Any, seed: int = 0) -> Any:
-    blocks = map_blocks(model, [], True, False)
+    blocks = map_blocks(model)
     torch.manual_seed(seed)
     return one.apply(model, blocks).eval()
 
@@ -222,7 +222,7 @@ def test_t5_large_has_the_published_number_of_trained_parameters(name: str, coun
     122 d.
     """
     model = _large(1024, 4096, 24)
-    wrapped = method(name).apply(model, map_blocks(model, [], True, False))
+    wrapped = method(name).apply(model, map_blocks(model))
     assert sum(p.numel() for p in trained(wrapped).values()) == count
 
 
@@ -231,7 +231,7 @@ def test_ln_tuning_with_a_new_head_leaves_a_plain_model_when_merged() -> None:
     model = llama(LlamaForSequenceClassification)
     plain = set(model.state_dict())
     one = method("ln_tuning")
-    adapted: Any = one.apply(model, map_blocks(model, ["score.weight"], True, True))
+    adapted: Any = one.apply(model, map_blocks(model, ["score.weight"], may_have_new_head=True))
     head = next(p for n, p in trained(adapted).items() if "score" in n)
     nn.init.constant_(head, 0.25)
     merged = one.merge(adapted)
@@ -396,7 +396,7 @@ def test_all_linear_says_that_it_does_not_reach_fused_experts() -> None:
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
     model = MixtralForCausalLM(config)
-    blocks = map_blocks(model, [], True, False)
+    blocks = map_blocks(model)
     with pytest.raises(InputError, match=r"experts.*name the layers.*k_proj.*q_proj"):
         method("rslora", rank=2).apply(copy.deepcopy(model), blocks)
     method("rslora", rank=2, targets="q_proj+v_proj").apply(copy.deepcopy(model), blocks)
@@ -411,7 +411,7 @@ def test_targets_that_peft_knows_by_a_pattern_are_matched(monkeypatch: Any) -> N
     table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     monkeypatch.setitem(table, "llama", r".*self_attn\.(q|v)_proj")
     model = llama()
-    paths = bridge.linear_targets(model, map_blocks(model, [], True, False), "paper")
+    paths = bridge.linear_targets(model, map_blocks(model), "paper")
     assert paths and all(path.endswith(("q_proj", "v_proj")) for path in paths)
 
 

@@ -65,7 +65,7 @@ def plain(family: str, config: Any = None) -> Any:
 def adapted(family: str, method: str, **fields: Any) -> Any:
     model = plain(family)
     part = registry.load("method", method)(**fields)
-    return part.apply(model, map_blocks(model, [], True, False)).double().eval()
+    return part.apply(model, map_blocks(model)).double().eval()
 
 
 def rows(family: str, length: int = T) -> dict[str, torch.Tensor]:
@@ -211,7 +211,7 @@ def test_it_is_peft_s_prefix_tuning(family: str, mlp: int | None) -> None:
         config.num_key_value_heads = 2 if mlp is None else config.num_attention_heads
     model = plain(family, config)
     part: Any = registry.load("method", "prefix_tuning")(length=P, mlp=mlp)
-    ours = part.apply(model, map_blocks(model, [], True, False)).double().eval()
+    ours = part.apply(model, map_blocks(model)).double().eval()
     asked = peft.PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=mlp is not None,
         encoder_hidden_size=mlp,
@@ -337,7 +337,7 @@ def trained(method: str, family: str = "encoder_decoder", config: Any = None, **
 
         model = T5ForConditionalGeneration(config) if config else plain(family)
         part = registry.load("method", method)(**fields)
-        out = part.apply(model.requires_grad_(False), map_blocks(model, [], True, False))
+        out = part.apply(model.requires_grad_(False), map_blocks(model))
     return sum(p.numel() for p in out.parameters() if p.requires_grad)
 
 

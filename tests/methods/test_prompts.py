@@ -91,11 +91,11 @@ def made(cls: Any, config: Any) -> Any:
 def adapt(model: Any, name: str = "prompt_tuning", **fields: Any) -> Any:
     one = registry.load("method", name)(**({"length": P} | fields))
     torch.manual_seed(1)
-    return one.apply(model, map_blocks(model, [], True, False)).eval()
+    return one.apply(model, map_blocks(model)).eval()
 
 
 def learner(model: Any, kind: Any, head: Any, cls: Any = Learner) -> Any:
-    blocks = map_blocks(bridge.unwrap_adapted(model), [], True, False)
+    blocks = map_blocks(bridge.unwrap_adapted(model))
     return cls(model, model, None, kind, head, blocks)
 
 

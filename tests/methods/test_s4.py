@@ -32,7 +32,7 @@ def of_depth(count: int, kind: str = "bert", width: int = 32, **fields: Any) -> 
         model = T5ForConditionalGeneration(config)
     model.requires_grad_(False)
     method = registry.load("method", "s4")(**fields)
-    return method.apply(model, map_blocks(model, [], True, False)), model
+    return method.apply(model, map_blocks(model)), model
 
 
 def parts_of(block: Any) -> set[str]:
@@ -68,7 +68,7 @@ def test_blocks_train_equally_much(kind: str) -> None:
     each part below it."""
     share = 0.1
     adapted, model = of_depth(6, kind, share=share)
-    blocks = map_blocks(model, [], True, False).names
+    blocks = map_blocks(model).names
     plain_count = sum(p.numel() for n, p in model.named_parameters() if not p.requires_grad)
     budget = share * plain_count / len(blocks)
     for name in blocks:
@@ -92,7 +92,7 @@ def test_a_frozen_part_keeps_the_groups_of_the_whole(recipe: Callable[..., Any])
 def test_other_models_have_their_places(family: str) -> None:
     """Behaviour: fused layers, grouped heads, two stacks; generating equals whole passes."""
     model = plain(family)
-    adapted: Any = registry.load("method", "s4")().apply(model, map_blocks(model, [], True, False))
+    adapted: Any = registry.load("method", "s4")().apply(model, map_blocks(model))
     adapted.double().eval()
     inputs = rows(family)
     first = logits(adapted, **inputs)

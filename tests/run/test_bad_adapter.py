@@ -25,7 +25,7 @@ def saved(tmp_path: Path) -> Callable[[str], Path]:
     def save(method: str) -> Path:
         model: Any = llama()
         one = registry.load("method", method)()
-        one.apply(model, map_blocks(model, [], True, False)).save_pretrained(tmp_path / "model")
+        one.apply(model, map_blocks(model)).save_pretrained(tmp_path / "model")
         return tmp_path / "model"
 
     return save
