@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowres.bridges import quiet
 from lowres.bridges import transformers as bridge
 from lowres.bridges.kinds import auto_class, kind_of
 from lowres.core.learner import LoadRequest
@@ -46,7 +47,7 @@ def fresh_model(
     auto = auto_class(request.head, config)
     if request.head == "classification":
         config.num_labels = request.labels
-    with bridge.explained(request.checkpoint, "config"), bridge._quiet(), no_init_weights():
+    with bridge.explained(request.checkpoint, "config"), quiet.transformers(), no_init_weights():
         model = auto.from_config(
             config, attn_implementation=request.attention, dtype=getattr(torch, request.dtype)
         )
@@ -87,7 +88,7 @@ def _shapes(config: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Size]]
     """Of the tensors that a file of this model holds: tied ones once, no classification head."""
     head = _HEADS[kind_of(config)]
     auto = auto_class(head, config)
-    with torch.device("meta"), bridge._quiet():
+    with torch.device("meta"), quiet.transformers():
         model = auto.from_config(config, dtype=dtype)
     model.tie_weights()
     inside = f"{model.base_model_prefix}." if head == "classification" else ""

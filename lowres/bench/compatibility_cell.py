@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lowres.bridges import peft, tiny, transformers
+from lowres.bridges import peft, quiet, tiny, transformers
 from lowres.bridges.blocks import map_blocks
 from lowres.core.errors import LowresError
 from lowres.core.example import Batch, collate
@@ -34,7 +34,7 @@ peft.preload()
 
 def biased(folder: Path) -> Path:
     """A model with biases: what some methods train."""
-    with transformers._quiet():
+    with quiet.transformers():
         return tiny.write_opt(folder, BIASED_LIKE)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lowres.bridges import bitsandbytes_cpu
+from lowres.bridges import bitsandbytes_cpu, quiet
 from lowres.bridges.narrow import as_linear_takes
 
 _logger = logging.getLogger("bitsandbytes")
@@ -94,7 +94,7 @@ def outside_blocks(request: LoadRequest) -> list[str]:
     config = ours.load_config(request.checkpoint, request.revision, request.trust_remote_code)
     if request.head == "classification":
         config.num_labels = request.labels
-    with torch.device("meta"), ours._quiet():
+    with torch.device("meta"), quiet.transformers():
         skeleton = auto_class(request.head, config).from_config(
             config, trust_remote_code=request.trust_remote_code
         )

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import logging
 import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from lowres.bridges import left_locks
+from lowres.bridges import left_locks, quiet
 from lowres.bridges.deepspeed_fitting import saved_together
 from lowres.core.errors import Diverged, InputError, OutOfMemory, Problem
 
@@ -52,7 +51,7 @@ def plugin(settings: Mapping[str, Any]) -> Any:
     _take_over(settings)
     _become_a_process()
     _allow_cpu()
-    _quiet()
+    quiet.deepspeed()
     from accelerate import DeepSpeedPlugin
 
     return DeepSpeedPlugin(hf_ds_config=dict(settings), zero3_init_flag=False)
@@ -260,9 +259,3 @@ def _allow_cpu() -> None:
 
     answered.answers_for_cpu = True  # type: ignore[attr-defined]
     PartialState._prepare_backend = answered
-
-
-def _quiet() -> None:
-    """DeepSpeed tells of each of its steps at the level of warnings."""
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -10,12 +10,12 @@ Source: deepspeed 0.19, runtime/config.py (sections) and runtime/zero/config.py
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+from lowres.bridges import quiet
 from lowres.core.registry import did_you_mean
 
 _SECTIONS = frozenset({
@@ -57,7 +57,7 @@ def unknown(settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _wrong_in_zero(zero: Mapping[str, Any]) -> Iterator[str]:
     """By DeepSpeed's own model of the section."""
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    quiet.deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     given = {key: value for key, value in zero.items() if value != "auto"}

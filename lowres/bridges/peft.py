@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowres.bridges import sites
+from lowres.bridges import quiet, sites
 from lowres.core.errors import InputError, LowresError, Problem
 
 if TYPE_CHECKING:
@@ -48,9 +47,7 @@ def inject(model: nn.Module, config: Any, blocks: Blocks) -> nn.Module:
     # Losses are computed outside the model, so the plain wrapper serves every head; the saved file
     # names the type, so that PEFT's and transformers' Auto classes can load it.
     config.task_type = None
-    with lora.making(), warnings.catch_warnings():
-        # PEFT 0.21 reads a name that transformers 5.23 deprecates.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    with lora.making(), quiet.peft():
         adapted = peft.get_peft_model(model, config)
     adapted.peft_config["default"].task_type = task_type(model)
     lora.settle(adapted)
@@ -188,7 +185,8 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
         prompted = prompts.load(model, folder)
         if prompted is not None:
             return prompted
-        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+        with quiet.peft():
+            adapted = peft.PeftModel.from_pretrained(model, str(folder))
     keep_types(adapted)
     lora.settle(adapted)
     return adapted

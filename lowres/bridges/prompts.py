@@ -7,7 +7,6 @@ adapters loaded by PEFT alone are asked alike. Legend: P vectors, B rows, T toke
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from peft import (
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from lowres.bridges import quiet
 from lowres.core.errors import InputError, Problem
 from lowres.core.example import IGNORED
 from lowres.core.learner import forward_arguments
@@ -217,7 +217,7 @@ def inject(model: nn.Module, blocks: Blocks, config: str, length: int, **fields:
         modules_to_save=list(blocks.head) or None,
         **fields,
     )
-    with _quiet():
+    with quiet.peft():
         adapted = _CLASSES[task](model, made)
     taken: Any = adapted.word_embeddings
     # T5's encoder has a module of its own over the shared weight.
@@ -238,18 +238,10 @@ def load(model: nn.Module, folder: Path) -> PeftModel | None:
     cls = _CLASSES[task]
     # PEFT asks the type of the task before the class it is called by.
     config.task_type = None
-    with _quiet():
+    with quiet.peft():
         loaded: PeftModel = cls.from_pretrained(model, str(folder), config=config)
     config.task_type = task  # saved again it is to be known again
     return loaded
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads a name that transformers 5.23 deprecates.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        yield
 
 
 def _task_of(model: nn.Module) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from lowres.bridges import peft, stand_ins
+from lowres.bridges import peft, quiet, stand_ins
 from lowres.bridges import transformers as bridge
 from lowres.bridges.kinds import auto_class
 
@@ -98,7 +98,7 @@ def load_shapes(
     stored = getattr(config, "dtype", None)  # from_config writes the type asked for there
     pretrained = request.init == "pretrained"
     place = torch.device("meta") if pretrained else contextlib.nullcontext()
-    with bridge.explained(request.checkpoint, "config"), bridge._quiet(), place:
+    with bridge.explained(request.checkpoint, "config"), quiet.transformers(), place:
         model = auto.from_config(
             config, attn_implementation=request.attention, dtype=getattr(torch, request.dtype),
             trust_remote_code=request.trust_remote_code,

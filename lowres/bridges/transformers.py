@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from lowres.bridges import bases, unreadable
+from lowres.bridges import bases, quiet, unreadable
 from lowres.bridges.kinds import auto_class
 from lowres.core.errors import InputError, Problem
 from lowres.core.learner import LoadRequest
@@ -130,7 +130,11 @@ def load_model(
     torch.manual_seed(seed)
     from lowres.bridges import bitsandbytes, narrow
 
-    with explained(request.checkpoint, "weights"), _quiet(), narrow.reading_in(request.matrices):
+    with (
+        explained(request.checkpoint, "weights"),
+        quiet.transformers(),
+        narrow.reading_in(request.matrices),
+    ):
         if request.init == "random":
             model = auto.from_config(
                 config, attn_implementation=request.attention, dtype=dtype,
@@ -160,23 +164,6 @@ def load_model(
         bitsandbytes.settle(model)
     narrow.settle(model, request.matrices, request.dtype, fresh)
     return model.eval(), fresh
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No load report or bars of transformers: what matters of them is in lowres's own output."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -270,7 +257,8 @@ def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     inner: Any = model
     adapted = hasattr(inner, "peft_config")
     # Embeddings are never resized here; PEFT would ask the hub for the base's config to find out.
-    with _quiet():
+    quiet.deepspeed()  # which accelerate imports where a model is saved
+    with quiet.transformers():
         inner.save_pretrained(folder, **({"save_embedding_layers": False} if adapted else {}))
     if adapted:
         bases.keep(model, folder)

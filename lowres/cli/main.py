@@ -24,6 +24,7 @@ COMMANDS = (
     "fit",
     "run",
     "report",
+    "export",
     "bench",
     "doctor",
     "schema",

@@ -9,6 +9,7 @@ with the adapter beside that base before it is written. That it is the adapter's
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,10 +108,22 @@ def merge(
             f"adapter beside its base, more than the {limit:g} that {plain.dtype} may round away; "
             f"nothing was written to {into}: use the adapter as it is, or a wider model.dtype"
         )
-    with checkpoint.writing("the merged model", into, resumable=False):
-        transformers.save(learner.base, learner.tokenizer, into)
+    _write(learner, into)
     from_trained = 0.0 if over_trained is None else distance_of(unmerged, over_trained)
     return Merged(into, plain.dtype, distance, from_trained, effect)
+
+
+def _write(learner: Learner, into: Path) -> None:
+    """Aside and renamed: a full disk leaves no half of a model."""
+    aside = into.with_name(f"{into.name}.partial")
+    try:
+        with checkpoint.writing("the merged model", into, resumable=False):
+            transformers.save(learner.base, learner.tokenizer, aside)
+            if into.exists():
+                into.rmdir()
+            aside.rename(into)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check(recipe: Recipe, adapter: Path, into: Path) -> None:

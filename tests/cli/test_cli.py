@@ -44,12 +44,14 @@ def test_every_help_ends_with_an_example_that_works(in_folder: Path) -> None:
         assert found, f"{command} --help has no example"
         examples[command] = shlex.split(found[-1])
     assert len(examples) == len(COMMANDS)
-    for command in ("list", "show", "check", "schema", "doctor", "run", "report", "bench"):
+    here = ("list", "show", "check", "schema", "doctor", "run", "report", "export", "bench")
+    for command in here:
         done = lowres(*examples[command], cwd=in_folder)
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
     assert (in_folder / "recipes" / "schema.json").exists()
     assert (in_folder / "runs" / "try" / "record.json").exists()
     assert (in_folder / "report.html").exists()
+    assert (in_folder / "merged" / "model.safetensors").exists()
     assert list((in_folder / "runs" / "records" / "smoke").rglob("quickstart-seed0.json"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -117,6 +118,29 @@ def test_a_wrong_merge_writes_nothing(
     with pytest.raises(LowresError, match="merged model's logits are off"):
         merging.merge(one, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_disk_that_fills_up_leaves_no_half_of_a_model(
+    there: bool, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: whether the empty folder was there or not, it is as it was."""
+    one, adapter = trained()
+    into = tmp_path / "merged"
+    if there:
+        into.mkdir()
+
+    def write(model: Any, tokenizer: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transformers, "save", write)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(LowresError, match="the merged model could not be written .*disk is full"):
+        merging.merge(one, adapter, into)
+    assert sorted(tmp_path.iterdir()) == before
+    assert not there or not list(into.iterdir())
 
 
 def test_an_adapter_without_effect_is_not_merged(
