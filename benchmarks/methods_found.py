@@ -36,13 +36,19 @@ def found() -> dict[str, Any]:
 
 
 def taken() -> dict[tuple[str, str], float]:
-    """The rate that each suite's runs took, by its folder and the method."""
-    out = {}
+    """The rate that each suite's runs took, by its folder and the method, where every one of them
+    scored better than the majority's answer."""
+    out: dict[tuple[str, str], float] = {}
+    lost = set()
     for folder in SEARCHES.glob("*/cpu/search"):
         for file in sorted(folder.parent.glob("*.json")):
-            recipe = from_file(file).recipe
-            out[folder.parent.parent.name, recipe["method"]["name"]] = recipe["optimizer"]["lr"]
-    return out
+            record = from_file(file)
+            key = folder.parent.parent.name, record.recipe["method"]["name"]
+            out[key] = record.recipe["optimizer"]["lr"]
+            first = record.final_scores()[0]
+            if first.majority is not None and first.value <= first.majority:
+                lost.add(key)
+    return {key: rate for key, rate in out.items() if key not in lost}
 
 
 def good_rates() -> dict[str, list[dict[str, Any]]]:
