@@ -2,8 +2,8 @@
 
     python -m benchmarks.methods_found
 
-Writes `lowres/assets/methods/found.json` from the records of `python -m benchmarks.methods` and of
-the searches of learning rates.
+Writes `lowres/assets/methods/found.json` from the records of `python -m benchmarks.methods`, of the
+searches of learning rates, and of the runs after them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from typing import Any
 from benchmarks.levers import ROOT
 from benchmarks.methods import records
 from benchmarks.methods_page import saved
-from lowres.core.record import Score, from_file
+from lowres.core.record import RunRecord, from_file
 
 ASSET = ROOT / "lowres" / "assets" / "methods" / "found.json"
-SEARCHES = ROOT / "benchmarks" / "records"
-METRICS = ("log_likelihood", "matthews", "accuracy")
-"""Of the held-out rows; the first that a record has is what its rate was chosen by."""
+SUITES = ROOT / "benchmarks" / "records"
 
 
 def found() -> dict[str, Any]:
-    """Method to what it saves and does not, and a rate of each search."""
+    """Method to what it saves and does not, and the rate that each suite took."""
     measured = {n: r["measured"] for n, r in records().items() if "measured" in r}
     rates = good_rates()
     out: dict[str, Any] = {}
@@ -35,15 +33,21 @@ def found() -> dict[str, Any]:
     return out
 
 
-def taken() -> dict[tuple[str, str], float]:
-    """The rate that each suite's runs took, by its folder and the method, where every one of them
-    scored better than the majority's answer."""
-    out: dict[tuple[str, str], float] = {}
+def _key(record: RunRecord, suite: str) -> tuple[str, str, str, str, str]:
+    recipe = record.recipe
+    return (recipe["method"]["name"], suite, recipe["task"]["name"], recipe["model"]["checkpoint"],
+            recipe["optimizer"]["name"])  # fmt: skip
+
+
+def taken() -> dict[tuple[str, ...], float]:
+    """The rate that a suite's runs of a method took, where every one of them scored better than the
+    majority's answer."""
+    out: dict[tuple[str, ...], float] = {}
     lost = set()
-    for folder in SEARCHES.glob("*/cpu/search"):
+    for folder in SUITES.glob("*/cpu/search"):
         for file in sorted(folder.parent.glob("*.json")):
             record = from_file(file)
-            key = folder.parent.parent.name, record.recipe["method"]["name"]
+            key = _key(record, folder.parent.parent.name)
             out[key] = record.recipe["optimizer"]["lr"]
             first = record.final_scores()[0]
             if first.majority is not None and first.value <= first.majority:
@@ -54,24 +58,19 @@ def taken() -> dict[tuple[str, str], float]:
 def good_rates() -> dict[str, list[dict[str, Any]]]:
     """Of each method what was tried in each search and what the runs after it took."""
     rates = taken()
-    tried: dict[tuple[Any, ...], dict[float, Score]] = defaultdict(dict)
-    for file in sorted(SEARCHES.glob("*/cpu/search/*.json")):
+    tried: dict[tuple[str, ...], set[float]] = defaultdict(set)
+    rows: dict[tuple[str, ...], int] = {}
+    for file in sorted(SUITES.glob("*/cpu/search/*.json")):
         record = from_file(file)
-        recipe = record.recipe
-        scores = {s.metric: s for s in record.final_scores() if s.split == "held_out"}
-        score = next(scores[m] for m in METRICS if m in scores)
-        task, model = recipe["task"]["name"], recipe["model"]["checkpoint"]
-        rows = next(d.rows for d in record.data if d.split == "train")
-        key = (recipe["method"]["name"], file.parent.parent.parent.name, task, rows, model,
-               recipe["optimizer"]["name"])  # fmt: skip
-        tried[key][recipe["optimizer"]["lr"]] = score
+        key = _key(record, file.parent.parent.parent.name)
+        tried[key].add(record.recipe["optimizer"]["lr"])
+        rows[key] = next(d.rows for d in record.data if d.split == "train")
     out: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for (method, suite, task, rows, model, optimizer), scored in tried.items():
-        # All the same: nothing was learned, and nothing is told.
-        if (suite, method) in rates and len({s.value for s in scored.values()}) > 1:
-            told = {"rate": rates[suite, method], "tried": sorted(scored), "task": task,
-                    "rows": rows, "model": model, "optimizer": optimizer}  # fmt: skip
-            out[method].append(told)
+    for key in sorted(rates.keys() & tried.keys()):
+        method, _, task, model, optimizer = key
+        told = {"rate": rates[key], "tried": sorted(tried[key]), "task": task, "rows": rows[key],
+                "model": model, "optimizer": optimizer}  # fmt: skip
+        out[method].append(told)
     return out
 
 

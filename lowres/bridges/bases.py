@@ -59,8 +59,8 @@ def stop_at_other(model: Any, revision: str | None, adapter: Path) -> None:
         return
     text = (
         f"it was trained beside {why}; set model.checkpoint and model.revision to the base of that "
-        "run, or, where you know the weights to be the same (moved, or in another format), call "
-        "merge(..., same_base=True)"
+        "run, or, where you know the weights to be the same (moved, or in another format), say so: "
+        "--same-base, or merge(..., same_base=True)"
     )
     raise InputError("merging", [Problem(str(adapter), text)])
 

@@ -51,7 +51,7 @@ def plugin(settings: Mapping[str, Any]) -> Any:
     _take_over(settings)
     _become_a_process()
     _allow_cpu()
-    quiet.deepspeed()
+    quiet.keep_deepspeed_quiet()
     from accelerate import DeepSpeedPlugin
 
     return DeepSpeedPlugin(hf_ds_config=dict(settings), zero3_init_flag=False)

@@ -57,8 +57,8 @@ def unknown(settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _wrong_in_zero(zero: Mapping[str, Any]) -> Iterator[str]:
     """By DeepSpeed's own model of the section."""
-    quiet.deepspeed()
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    with quiet.deepspeed():
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     given = {key: value for key, value in zero.items() if value != "auto"}
     fields = DeepSpeedZeroConfig.model_fields

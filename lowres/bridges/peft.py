@@ -208,7 +208,7 @@ def merge(model: Any) -> nn.Module:
     if any(quantisation_states(model)):
         raise LowresError(
             "an adapter is not merged into quantised weights: packing them again would round away "
-            "what was learned; lowres.run.merging.merge takes the base in 16 bits or more instead"
+            "what was learned; `lowres export` takes the base in 16 bits or more instead"
         )
     from lowres.bridges.peft_tuner import DeltaTuner
 

@@ -34,8 +34,20 @@ def peft() -> Iterator[None]:
         yield
 
 
-def deepspeed() -> None:
-    """It tells of each of its steps at the level of warnings, on the standard output."""
+@contextlib.contextmanager
+def deepspeed() -> Iterator[None]:
+    """No remarks while the block runs: accelerate imports it as a model is saved."""
+    logger = logging.getLogger("DeepSpeed")
+    before = list(logger.filters)
+    keep_deepspeed_quiet()
+    try:
+        yield
+    finally:
+        logger.filters[:] = before
+
+
+def keep_deepspeed_quiet() -> None:
+    """From here on: it tells of each of its steps at the level of warnings, on standard output."""
     # A filter stays when the package, imported later, sets the level.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
 

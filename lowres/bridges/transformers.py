@@ -257,8 +257,7 @@ def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     inner: Any = model
     adapted = hasattr(inner, "peft_config")
     # Embeddings are never resized here; PEFT would ask the hub for the base's config to find out.
-    quiet.deepspeed()  # which accelerate imports where a model is saved
-    with quiet.transformers():
+    with quiet.transformers(), quiet.deepspeed():
         inner.save_pretrained(folder, **({"save_embedding_layers": False} if adapted else {}))
     if adapted:
         bases.keep(model, folder)

@@ -26,7 +26,7 @@ def command(
     from lowres.core.compatibility import Table, told
     from lowres.core.errors import InputError, PartsRefuse
     from lowres.core.reading import load_recipe
-    from lowres.planning.nearest import nearest
+    from lowres.recommend.nearest import nearest
 
     wrong, table = False, Table.read()
     for path in recipes:

@@ -37,8 +37,10 @@ def command(
 ) -> None:
     """Merge a run's adapter into its base, loaded again without quantisation, in model.dtype.
 
-    The result is compared with the adapter beside that base before it is written. Exit 1 when it
-    answers otherwise, 2 when there is nothing to merge or the base is another.
+    The result is compared with the adapter beside that base on four training rows before it is
+    written. A checkpoint or data that the recipe names by a relative path are looked for from here,
+    as by the run. Exit 1 when it answers otherwise, as the plain base does, or cannot be written;
+    2 when there is nothing to merge or the base is another.
     """
     from rich.console import Console
 
@@ -51,7 +53,10 @@ def command(
         raise InputError(f"'{run}'", [f"holds no {RECIPE}; give the output folder of a run"])
     recipe = load_recipe(run / RECIPE, overrides or [])
     with Console(stderr=True).status("merging"):  # seen in a terminal alone
-        done = merge(recipe, run / MODEL, output, same_base=same_base)
+        try:
+            done = merge(recipe, run / MODEL, output, same_base=same_base)
+        except InputError as error:
+            raise recipe.located(error) from error
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}, indent=1))
         return

@@ -1,6 +1,4 @@
-"""From a recipe to a prepared model, tokenizer, collator and optimizer: for `lowres run`,
-or any loop.
-"""
+"""From a recipe to a prepared model, tokenizer, collator and optimizer, for anyone's loop."""
 
 from __future__ import annotations
 
@@ -191,15 +189,13 @@ def assemble(
     import torch
 
     from lowres.bridges import transformers
-    from lowres.bridges.blocks import map_blocks
     from lowres.making import weights
 
     request = fold(request_of(recipe, inputs), recipe.levers, "on_load")
     seed = recipe.loop.seed
     loads = load or transformers.load_model
     model, fresh = loads(request, inputs.config, inputs.encoder.pad_id, seed)
-    lacking = fresh if recipe.model.init == "pretrained" else ()
-    blocks = map_blocks(model, lacking, may_have_new_head=inputs.head == "classification")
+    blocks = blocks_of(recipe, inputs, model, fresh)
     if load is None:
         weights.stop_at_wide(model, request, blocks, fresh)
     loaded = weights.types_of(model)
@@ -239,6 +235,14 @@ def assemble(
         loaded=loaded,
         rotation=rotation,
     )
+
+
+def blocks_of(recipe: Recipe, inputs: Inputs, model: nn.Module, fresh: Sequence[str]) -> Blocks:
+    """The map of a loaded model; of weights that are random on purpose none was missing."""
+    from lowres.bridges.blocks import map_blocks
+
+    lacking = fresh if recipe.model.init == "pretrained" else ()
+    return map_blocks(model, lacking, may_have_new_head=inputs.head == "classification")
 
 
 def choice_of(recipe: Recipe, inputs: Inputs, learner: Learner) -> Blocks:

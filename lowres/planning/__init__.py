@@ -1,1 +1,1 @@
-"""What a recipe will cost before it is run: the rehearsal, the plan, the ladder of what saves."""
+"""What a recipe will cost before it is run: rehearsal, plan, and the ladder of what would save."""

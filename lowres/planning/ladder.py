@@ -16,7 +16,7 @@ from lowres.memory.allocator import smallest_capacity
 from lowres.memory.catalogue import Device
 from lowres.planning import plan as planning
 from lowres.planning.assumed import inputs_for
-from lowres.planning.rehearsal import Rehearsal, rehearse_steps
+from lowres.planning.rehearsal import Rehearsal, rehearse_quickly
 
 _STEPS = ("first_step", "steady_steps")
 _LOST = 0.01
@@ -168,7 +168,7 @@ def weigh(recipe: Recipe, device: Device | None, card: Card | None) -> Weighed:
     """Needed bytes and step time by a quick rehearsal; both are for comparison."""
     inputs, _ = inputs_for(recipe)
     target = planning.target_of(device)
-    done = rehearse_steps(recipe, inputs, target)
+    done = rehearse_quickly(recipe, inputs, target)
     needed_bytes = _needed(done, card, target.kind == "cpu")
     room_bytes = None if card is None else planning.room_of(card, needed_bytes)
     return Weighed(needed_bytes, planning.step_of(device, done, room_bytes))

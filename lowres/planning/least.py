@@ -58,8 +58,9 @@ def _held(recipe: Recipe, *, whole: bool) -> int:
     tracer = Tracer()
     with (
         rehearsal.rehearsing(), host.planning("cuda"), tracer, tracer.paused(),
-        scenes.explained(tracer),
+        scenes.naming_the_place(tracer),
     ):  # fmt: skip
+        tracer.enter("load")
         built = build.assemble(
             recipe, assumed.assumed_inputs(recipe),
             load=functools.partial(rehearsal.load_shapes, later=later), chosen=leave_few,

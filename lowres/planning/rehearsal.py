@@ -110,11 +110,11 @@ def rehearse(
     ):
         stage = _Stage(recipe, inputs, accelerator, target, whole or bool(uneven), quick)
         stage.states_only, stage.processes = states_only, processes
-        with scenes.explained(stage.tracer):
+        with scenes.naming_the_place(stage.tracer):
             return stage.play()
 
 
-def rehearse_steps(recipe: Recipe, inputs: build.Inputs, target: Target) -> Rehearsal:
+def rehearse_quickly(recipe: Recipe, inputs: build.Inputs, target: Target) -> Rehearsal:
     """The `quick` rehearsal, of every block where those built alike behave differently."""
     try:
         return rehearse(recipe, inputs, target, quick=True)

@@ -1,4 +1,5 @@
-"""Parts of a rehearsal beside the updates: an evaluation batch, resuming, the backward pass."""
+"""Parts of a rehearsal beside the updates: an evaluation batch, resuming, the backward pass, and
+what is told when the recipe's code fails."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ TRACED_TOKENS = 3
 
 
 @contextlib.contextmanager
-def explained(tracer: Tracer) -> Iterator[None]:
+def naming_the_place(tracer: Tracer) -> Iterator[None]:
     """Tell what the recipe's code raises on fake tensors as `TraceFailed`, with the place."""
     try:
         yield

@@ -1,1 +1,2 @@
-"""What to run: the best recipe that fits a card, and which method to try first."""
+"""What to run: the best recipe that fits a card, which method first, what to change in one that is
+refused."""

@@ -17,7 +17,7 @@ from lowres.memory.catalogue import Device
 from lowres.planning import assumed
 from lowres.planning.least import least_bytes
 from lowres.planning.plan import device_fits, target_of
-from lowres.planning.rehearsal import rehearse_steps
+from lowres.planning.rehearsal import rehearse_quickly
 from lowres.recommend.fit import longest_row
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def _plan(
     card = devices.card(device, None)
     for levers in may:
         try:
-            one_way = _recipe(raw, levers, config)
-            done = rehearse_steps(one_way, assumed.assumed_inputs(one_way), target_of(device))
+            recipe = _recipe(raw, levers, config)
+            done = rehearse_quickly(recipe, assumed.assumed_inputs(recipe), target_of(device))
         except LowresError as error:
             if one.needed_bytes is None:
                 _note(one, error)

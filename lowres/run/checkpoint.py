@@ -96,6 +96,10 @@ def _to_disk(*paths: Path) -> None:
             handle = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(handle)
+            except OSError as error:
+                # Some file systems of networks do so only for files.
+                if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+                    raise
             finally:
                 os.close(handle)
 

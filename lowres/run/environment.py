@@ -32,10 +32,10 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> dict[str, Any]:
-    """The checkout this package runs from: commit,
-    and whether any file differs (untracked included).
+    """The checkout this package runs from: commit, and whether any file of the package differs
+    (untracked ones included).
     """
-    home = Path(__file__).resolve().parent
+    home = Path(lowres.__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
         try:

@@ -20,6 +20,7 @@ from lowres.core.errors import InputError, LowresError
 from lowres.core.example import Batch, collate
 from lowres.core.learner import Learner, LoadRequest
 from lowres.core.parts import fold
+from lowres.core.paths import stop_if_unwritable
 from lowres.core.recipe import Recipe
 from lowres.making import build
 from lowres.run import checkpoint
@@ -28,6 +29,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 """Distance of merged logits from unmerged ones, relative to these: what rounding each weight and
 each activation of a deep model to the type may do; a wrong merge is off by the adapter's effect."""
 ROWS = 4
+_ASIDE = ".partial"
 
 
 @dataclass(frozen=True)
@@ -113,32 +115,37 @@ def merge(
     return Merged(into, plain.dtype, distance, from_trained, effect)
 
 
-def _write(learner: Learner, into: Path) -> None:
-    """Aside and renamed: a full disk leaves no half of a model."""
-    aside = into.with_name(f"{into.name}.partial")
-    try:
-        with checkpoint.writing("the merged model", into, resumable=False):
-            transformers.save(learner.base, learner.tokenizer, aside)
-            if into.exists():
-                into.rmdir()
-            aside.rename(into)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _check(recipe: Recipe, adapter: Path, into: Path) -> None:
     problems = []
     if not recipe.method.mergeable:
         problems.append(f"method '{recipe.method.name}' cannot be merged; use its adapter as it is")
     if not (adapter / "adapter_config.json").is_file():
         problems.append(
-            f"'{adapter}' holds no adapter (no adapter_config.json); give the folder `model` of a "
-            "run's output; a method that trains the weights themselves leaves nothing to merge"
+            f"'{adapter}' holds no adapter (no adapter_config.json): the run has not ended, or its "
+            "method trains the weights themselves, which leaves nothing to merge"
         )
-    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+    if into.exists() and (not into.is_dir() or {p.name for p in into.iterdir()} - {_ASIDE}):
         problems.append(f"'{into}' exists and is not empty; name another folder")
     if problems:
         raise InputError("merging", problems)
+    stop_if_unwritable(into / "config.json", makes_folders=True)
+
+
+def _write(learner: Learner, into: Path) -> None:
+    """Aside, within the folder, and moved up: a full disk leaves no half of a model there."""
+    new = not into.exists()
+    aside = into / _ASIDE
+    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
+    try:
+        with checkpoint.writing("the merged model", into, resumable=False):
+            aside.mkdir(parents=True)
+            transformers.save(learner.base, learner.tokenizer, aside)
+            for path in aside.iterdir():
+                path.rename(into / path.name)
+    except BaseException:
+        shutil.rmtree(into if new else aside, ignore_errors=True)
+        raise
+    aside.rmdir()
 
 
 def adapted(
@@ -149,16 +156,13 @@ def adapted(
     same_base: bool = False,
 ) -> Learner:
     """A base with the adapter beside it, in evaluation mode."""
-    from lowres.bridges.blocks import map_blocks
-
     # Loading packed weights writes so into the configuration, which the plain base must not read.
     config = copy.deepcopy(inputs.config)
     seed = recipe.loop.seed
     model, fresh = transformers.load_model(request, config, inputs.encoder.pad_id, seed)
     if not same_base:
         bases.stop_at_other(model, request.revision, adapter)
-    lacking = fresh if recipe.model.init == "pretrained" else ()
-    blocks = map_blocks(model, lacking, may_have_new_head=inputs.head == "classification")
+    blocks = build.blocks_of(recipe, inputs, model, fresh)
     model = peft.load_adapter(model, adapter).eval()
     return Learner(model, model, inputs.tokenizer, inputs.kind, inputs.head, blocks)
 

@@ -1,6 +1,4 @@
-"""A prepared run while it trains: one update at a time, measured, recoverable,
-within its budget.
-"""
+"""A prepared run while it trains: an update at a time, measured, recoverable, within its budget."""
 
 from __future__ import annotations
 
@@ -159,9 +157,10 @@ class TrainingSession:
         loop, made = self.recipe.loop, step + 1
         if loop.eval_every and made % loop.eval_every == 0 and made < self.total:
             self.evaluate()
-        if loop.save_every and made % loop.save_every == 0 and made < self.total:
+        saved = loop.save_every is not None and made % loop.save_every == 0 and made < self.total
+        if saved:
             self._save()
-        self._stop_where_limits_say(last=made == self.total)
+        self._stop_where_limits_say(last=made == self.total, saved=saved)
 
     def evaluate(self) -> None:
         """Score now; the scores are kept and shown."""
@@ -278,13 +277,14 @@ class TrainingSession:
         )
         return (norm if norm is not None and math.isfinite(norm) else None), skipped
 
-    def _stop_where_limits_say(self, last: bool) -> None:
+    def _stop_where_limits_say(self, *, last: bool, saved: bool) -> None:
         """Save and end the run when asked to or, with updates left, when over its budget."""
         exceeded = accelerate.sum_over_processes(self.accelerator, self._limits.exceeded())
         if last:
             exceeded = [exceeded[0], 0.0, 0.0, 0.0]
         if any(exceeded):
-            self._save()
+            if not saved:
+                self._save()
             raise self._limits.error(exceeded, self.progress.step, self.total)
 
     def _save(self) -> None:

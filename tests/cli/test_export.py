@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 import lowres
+from lowres.core.errors import LowresError
 
 
 def test_a_run_becomes_a_plain_model(
@@ -36,3 +38,23 @@ def test_a_run_becomes_a_plain_model(
     other = command("export", ".", "--output", "other")
     assert other.returncode == 2 and "holds no recipe.yaml" in other.stderr
     assert not (in_folder / "other").exists()
+
+
+def test_what_the_command_was_given_is_handed_on(
+    raw_recipe: Callable[..., dict[str, Any]], command: Callable[..., Any], in_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Behaviour: the base is taken at its word when asked; a merge that went wrong is exit 1."""
+    (in_folder / "recipe.yaml").write_text(yaml.safe_dump(raw_recipe(method="lora")))
+    given: list[dict[str, Any]] = []
+
+    def merge(recipe: Any, adapter: Path, into: Path, **named: Any) -> None:
+        given.append(named | {"adapter": adapter, "into": into})
+        raise LowresError("the logits are off")
+
+    monkeypatch.setattr("lowres.run.merging.merge", merge)
+    for flag in ([], ["--same-base"]):
+        done = command("export", ".", "--output", "merged", *flag)
+        assert done.returncode == 1 and done.stderr == "lowres: the logits are off\n"
+    here = {"adapter": Path("model"), "into": Path("merged")}
+    assert given == [here | {"same_base": False}, here | {"same_base": True}]

@@ -16,7 +16,7 @@ from lowres.core import registry
 from lowres.core.compatibility import Cell, Combination, Table, told
 from lowres.core.errors import InputError, LowresError
 from lowres.core.reading import load_recipe
-from lowres.planning.nearest import nearest
+from lowres.recommend.nearest import nearest
 
 
 def test_no_cell_is_blank() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +200,31 @@ def test_a_checkpoint_lies_on_the_disk_before_it_takes_a_place(
     assert len(there) > 3 and there <= set(done[:name])
     before = done.index(("deleted", "checkpoint-2"), name)
     assert ("synced", last.parent.stat().st_ino) in done[name:before]
+
+
+@pytest.mark.parametrize("code, ends", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_writes_out_no_folders_is_taken_as_it_is(
+    code: int, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: those of networks may refuse; a disk that fails is an error."""
+
+    def refuse(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError) if ends else contextlib.nullcontext():
+        checkpoint._to_disk(tmp_path)
+
+
+def test_a_run_that_stops_where_it_saved_saves_once(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: the checkpoint that is there is not deleted to be written again."""
+    saved = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *words: saved.append(1) or save(*words))
+    short = keys | {"loop": keys["loop"] | {"save_every": 1}, "budget": {"minutes": 1e-6}}
+    with pytest.raises(LowresError, match="--resume"):
+        run(short, output_folder=tmp_path / "out")
+    assert len(saved) == 1 and (tmp_path / "out" / "checkpoint-1").is_dir()

@@ -120,6 +120,38 @@ def test_a_wrong_merge_writes_nothing(
     assert not (tmp_path / "merged").exists()
 
 
+def test_any_folder_without_files_takes_the_model(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: one that is not there yet, nor its parents; the working folder; a link to one; one
+    that a killed merge left a half in."""
+    one, adapter = trained()
+    here, linked, killed = tmp_path / "here", tmp_path / "linked", tmp_path / "killed"
+    for folder in (here, linked, killed / ".partial"):
+        folder.mkdir(parents=True)
+    (killed / ".partial" / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "link").symlink_to(linked)
+    monkeypatch.chdir(here)
+    there = {}
+    for place in (tmp_path / "a" / "b", Path(), tmp_path / "link", killed):
+        merging.merge(one, adapter, place)
+        there[place] = {p.name: p.stat().st_size for p in place.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= there[killed].keys()
+    assert all(files == there[killed] for files in there.values())
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: before any model is loaded."""
+    one, adapter = trained()
+    monkeypatch.setattr(transformers, "load_model", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file' is no folder; name another"):
+        merging.merge(one, adapter, tmp_path / "file" / "merged")
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_disk_that_fills_up_leaves_no_half_of_a_model(
     there: bool, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,7 +163,6 @@ def test_a_disk_that_fills_up_leaves_no_half_of_a_model(
         into.mkdir()
 
     def write(model: Any, tokenizer: Any, folder: Path) -> None:
-        folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise OSError(errno.ENOSPC, "No space left on device")
 

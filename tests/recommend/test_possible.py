@@ -13,10 +13,11 @@ from lowres.core.errors import InputError
 from lowres.core.reading import load_recipe
 from lowres.core.units import GIB
 from lowres.memory import device as devices
+from lowres.memory.tracer import TraceFailed
 from lowres.planning import assumed
 from lowres.planning.least import COPIES, least_bytes
 from lowres.planning.plan import target_of
-from lowres.planning.rehearsal import rehearse_steps
+from lowres.planning.rehearsal import rehearse_quickly
 from lowres.planning.starting import starting_recipe
 from lowres.recommend import advice, possible
 from tests.conftest import sampled
@@ -64,8 +65,8 @@ def test_a_plan_needs_no_less_than_the_least(method: str, start: dict[str, Any])
     levers = possible.FEW_BITS if "nf4" in registry.load("method", method).few_bits() else (
         possible.CHECKPOINTED)  # fmt: skip
     raw = start | {"method": {"name": method}}
-    one_way = possible._recipe(raw, levers, config)
-    done = rehearse_steps(one_way, assumed.assumed_inputs(one_way), target_of(DEVICE))
+    leanest = possible._recipe(raw, levers, config)
+    done = rehearse_quickly(leanest, assumed.assumed_inputs(leanest), target_of(DEVICE))
     context = devices.card(DEVICE, None).context_bytes
     assert one.at_least_bytes is not None
     assert one.at_least_bytes - context <= done.trace.peak_bytes()
@@ -97,7 +98,7 @@ def test_what_cannot_fit_is_known_without_a_plan(
     config_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closed form: 2.4 G weights take 1.2 GiB in 4 bits, more than the card has."""
-    monkeypatch.setattr(possible, "rehearse_steps", None)
+    monkeypatch.setattr(possible, "rehearse_quickly", None)
     _only(monkeypatch, "full", "lora", "houlsby", "sara")
     wide = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}
     found = advice.advise(config_folder(**wide), 1000, 1.0, None, ())
@@ -140,3 +141,13 @@ def test_a_method_that_wants_more_blocks_than_are_made_is_not_refused(
     whole = least_bytes(load_recipe(start))
     monkeypatch.setattr(cls, "apply", picky)
     assert least_bytes(load_recipe(start)) == whole
+
+
+def test_code_that_fails_without_data_is_told_with_its_place(
+    start: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: as in a plan."""
+    cls: Any = registry.load("method", "lora")
+    monkeypatch.setattr(cls, "apply", lambda *_: [][1])
+    with pytest.raises(TraceFailed, match="fake tensors: IndexError in load: list index"):
+        least_bytes(load_recipe(start))
