@@ -22,7 +22,7 @@ from lowres.making import build, choices
 from lowres.memory import device as devices
 from lowres.memory.held import held
 from lowres.memory.meter import Meter
-from lowres.run import checkpoint, claim, environment, output, processes
+from lowres.run import card, checkpoint, claim, environment, output, processes
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
 from lowres.run.out_of_memory import is_out_of_memory
@@ -272,7 +272,7 @@ def _write(record: RunRecord, recipe: Recipe, folder: Path, reporter: Reporter) 
     try:
         output.write_record(folder, record)
         if (folder / output.MODEL).is_dir():
-            output.write_card(folder / output.MODEL, recipe, record)
+            card.write(folder / output.MODEL, recipe, record)
     except OSError as error:
         # Said, not raised: it must not hide what ended the run.
         reporter.say(f"the record could not be written to {folder}: {error}")

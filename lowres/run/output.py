@@ -1,18 +1,17 @@
-"""What a run writes into its folder: record, recipe, losses, model and its card."""
+"""What a run writes into its folder: record, recipe, losses and model."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from lowres.core import record as record_module
 from lowres.core.recipe import Recipe
 from lowres.core.record import RunRecord
-from lowres.core.units import format_bytes, format_count, format_seconds
 from lowres.run.checkpoint import Progress
 
 if TYPE_CHECKING:
@@ -76,53 +75,3 @@ def write_record(output: Path, record: RunRecord) -> None:
     aside = output / f"{RECORD}.partial"
     aside.write_text(record_module.to_json(record), encoding="utf-8")
     os.replace(aside, output / RECORD)
-
-
-def write_card(folder: Path, recipe: Recipe, record: RunRecord) -> None:
-    """README.md of the saved model: where it comes from, how it scored, how to load it."""
-    front: dict[str, Any] = {
-        "base_model": recipe.model.checkpoint,
-        "library_name": "peft" if (folder / "adapter_config.json").exists() else "transformers",
-        "tags": ["lowres", recipe.method.name, recipe.task.name],
-    }
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
-        f"# {record.id}",
-        "",
-        f"`{recipe.model.checkpoint}` fine-tuned with lowres on the task `{recipe.task.name}` "
-        f"(version {recipe.task.version}): method `{recipe.method.name}`, objective "
-        f"`{recipe.objective.name}`, {len(record.losses)} updates of "
-        f"{recipe.loop.global_batch_size} rows.",
-        "",
-    ]
-    if record.scores:
-        lines += [
-            "| split | metric | value | standard error | n | majority |",
-            "|---|---|--:|--:|--:|--:|",
-        ]
-        for s in record.final_scores():
-            base = "" if s.majority is None else f"{s.majority:.4f}"
-            lines.append(
-                f"| {s.split} | {s.metric} | {s.value:.4f} | {s.stderr:.4f} | {s.n} | {base} |"
-            )
-        lines.append("")
-    measured = record.measured
-    if measured.parameters is not None:
-        lines.append(
-            f"Trained {format_count(measured.parameters.trainable)} of "
-            f"{format_count(measured.parameters.total)} parameters"
-            + (f", peak of live tensors {format_bytes(measured.peak_live_bytes)}"
-               if measured.peak_live_bytes else "")
-            + (f", {format_seconds(measured.step_time.p50_seconds)} an update (median)"
-               if measured.step_time else "")
-            + "."
-        )  # fmt: skip
-    loader = (
-        "PeftModel.from_pretrained(base_model, this_folder)"
-        if front["library_name"] == "peft"
-        else "AutoModel.from_pretrained(this_folder)"
-    )
-    lines += ["", f"Load with `{loader}`. The recipe and the full record lie one folder up.", ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
