@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,8 @@ from lowres.core.recipe import Budget
 from lowres.core.units import format_bytes, gib_to_bytes
 from lowres.run.checkpoint import folder_bytes
 from lowres.run.progress import Reporter
+
+_HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none.
 
 
 class Limits:
@@ -70,20 +74,37 @@ class Limits:
 
     @contextlib.contextmanager
     def stopping_between_updates(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the update under way; a second one at once."""
+        """Ctrl-C, SIGTERM and a terminal that is closed end the run after the update under way; a
+        second one at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
+            if number == _HANG_UP:
+                _leave_terminal()
             if self._asked:
                 raise KeyboardInterrupt
             self._asked = True
             self._reporter.say("stopping after this update; press Ctrl-C again to stop at once")
 
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        ends = [signal.SIGINT, signal.SIGTERM]
+        if _HANG_UP is not None and signal.getsignal(_HANG_UP) is not signal.SIG_IGN:  # by nohup
+            ends.append(_HANG_UP)
+        before = {s: signal.signal(s, ask) for s in ends}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Write nowhere from here on: what is written to a terminal that is gone is an error, and one
+    of those would cost the checkpoint. Files and pipes stay."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(number).st_mode):
+                os.dup2(nowhere, number)
+    os.close(nowhere)

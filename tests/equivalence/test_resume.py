@@ -130,6 +130,34 @@ def test_an_interrupt_saves_exits_130_and_resumes(
     assert_same(folder, whole)
 
 
+def test_a_terminal_that_is_closed_saves_and_resumes(
+    keys: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    """Reference: the uninterrupted run. Its window is closed, or the connection to it breaks."""
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    fcntl = pytest.importorskip("fcntl")
+    recipe, folder = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump(keys))
+    window, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lowres", "run", str(recipe), "--output", str(folder), "--no-plan"],
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while b"loss" not in shown:
+        shown += os.read(window, 1024)
+    os.close(window)
+    assert process.wait(timeout=60) == 130
+    assert json.loads((folder / "record.json").read_text())["outcome"] == "interrupted"
+    assert len(list(folder.glob("checkpoint-*"))) > 0
+    lowres.run(
+        lowres.load_recipe(keys), output_folder=folder, resume="latest", quiet=True, plan=False
+    )
+    assert_same(folder, whole)
+
+
 def test_out_of_time_saves_and_the_rest_can_be_resumed(
     keys: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
