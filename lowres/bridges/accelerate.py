@@ -114,9 +114,18 @@ def start_trackers(accelerator: Any, output: Path, recipe: Recipe) -> None:
     accelerator.init_trackers("tensorboard", config={"digest": recipe.digest})
 
 
-def end_trackers(accelerator: Any) -> None:
-    """Flush and close them."""
-    accelerator.end_training()
+def end_trackers(accelerator: Any, *, together: bool) -> None:
+    """Flush and close them.
+
+    Args:
+        together: Every process comes here. One that failed alone would wait for ever for the others
+            to leave their group with it, before its error is told.
+    """
+    if together or accelerator.num_processes == 1:
+        accelerator.end_training()
+        return
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def from_main_process(accelerator: Any, items: list[Any]) -> list[Any]:

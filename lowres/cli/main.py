@@ -79,13 +79,14 @@ def _with_resume_value(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; every known failure is one message and an exit code."""
-    from lowres.core.errors import LowresError
+    from lowres.core.errors import LowresError, OutOfMemory
 
     sys.argv[1:] = _with_resume_value(sys.argv[1:])
     try:
         app()
     except LowresError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        # Of several processes one speaks, but memory may run out in any.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfMemory):
             print(f"lowres: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

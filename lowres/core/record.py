@@ -21,6 +21,11 @@ HELD_OUT = "held_out"
 """The split of training rows that are kept apart to choose by (`task.hold_out`)."""
 
 
+# A diverged run may hold figures that are not numbers; JSON's null would not read back as one.
+# Each class that holds figures needs it: it does not reach those inside.
+_NUMBERS = ConfigDict(ser_json_inf_nan="strings")
+
+
 @dataclass
 class PhaseMemory:
     """Peaks within one phase. None where this device has no such figure,
@@ -44,7 +49,7 @@ class PhaseMemory:
     seconds: float | None = None
 
 
-@dataclass
+@dataclass(config=_NUMBERS)
 class StepTime:
     """Seconds of whole optimizer updates between synchronisations,
     warm-up and probe steps left out.
@@ -89,7 +94,7 @@ class Measurement:
         return max(found, default=None)
 
 
-@dataclass
+@dataclass(config=_NUMBERS)
 class Score:
     """One metric on one split."""
 
@@ -130,8 +135,7 @@ class DataReport:
     longest: int
 
 
-# A diverged run may hold figures that are not numbers; JSON's null would not read back as one.
-@dataclass(config=ConfigDict(ser_json_inf_nan="strings"))
+@dataclass(config=_NUMBERS)
 class RunRecord:
     """One run: what was asked, what was measured, how it ended.
 
@@ -165,6 +169,12 @@ class RunRecord:
         """The scores of the last evaluation, in order."""
         last = max((s.step for s in self.scores), default=0)
         return [s for s in self.scores if s.step == last]
+
+    @property
+    def trained_on_all(self) -> bool:
+        """Whether it made a pass over its rows at least: less tells nothing of quality."""
+        rows = next((d.rows for d in self.data if d.split == "train"), 0)
+        return 0 < rows <= len(self.losses) * int(self.recipe["loop"]["global_batch_size"])
 
     def quality(self, metric: str) -> list[Score]:
         """Of these, the scores by a metric, but for rows that were held out to choose by: the best

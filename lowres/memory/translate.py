@@ -48,12 +48,15 @@ class Target:
     Args:
         kind: `cpu` changes nothing.
         workspace_bytes: Of a cuBLAS handle; a training process has two.
-        flash: Whether the device is new enough (Ampere) for flash attention.
+        flash: Whether the device is new enough (Ampere) for flash attention, and for fused kernels
+            in bfloat16.
+        as_float16: What is traced in bfloat16 is float16 on the device.
     """
 
     kind: Literal["cpu", "cuda"] = "cpu"
     workspace_bytes: int = 8_519_680
     flash: bool = True
+    as_float16: bool = False
 
     def on_host(self, tracer: Tracer) -> contextlib.AbstractContextManager[None]:
         """For what is made in host memory and does not count on the device."""
@@ -77,9 +80,7 @@ def translating(tracer: Tracer, target: Target) -> Iterator[None]:
         def patch(owner: Any, name: str, function: Callable[..., Any]) -> None:
             stack.enter_context(mock.patch.object(owner, name, function))
 
-        patch(
-            F, "scaled_dot_product_attention", functools.partial(_attention, tracer, target.flash)
-        )
+        patch(F, "scaled_dot_product_attention", functools.partial(_attention, tracer, target))
         patch(F, "dropout", _dropout)
         for owner, names in _AUTOCAST_TO_FLOAT32:
             for name in names:
@@ -137,7 +138,7 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
 
 def _attention(
     tracer: Tracer,
-    has_flash: bool,
+    target: Target,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -147,7 +148,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernel that CUDA would choose: flash for 16 bits without a mask, else memory-efficient.
+    """The kernel that CUDA would choose: flash for 16 bits without a mask, else memory-efficient,
+    else plain products in float32.
 
     Shapes: query (B, H, T, D), key and value (B, K, S, D), mask broadcast to (B, H, T, S).
     """
@@ -159,15 +161,17 @@ def _attention(
         wanted = torch.get_autocast_dtype("cpu")
         query, key, value = (t.to(wanted) for t in (query, key, value))
     flash = (
-        has_flash and attn_mask is None and query.dtype in _SIXTEEN_BITS and query.shape[-1] <= 256
+        target.flash
+        and attn_mask is None
+        and query.dtype in _SIXTEEN_BITS
+        and query.shape[-1] <= 256
     )
-    if not flash and enable_gqa and key.shape[1] != query.shape[1]:
-        # The memory-efficient kernel takes no groups; what is left writes the scores out.
-        groups = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-        root = (scale or query.shape[-1] ** -0.5) ** 0.5
-        scores = (query * root) @ (key * root).transpose(-2, -1)
-        return torch.softmax(scores if attn_mask is None else scores + attn_mask, -1) @ value
+    grouped = enable_gqa and key.shape[1] != query.shape[1]
+    # The memory-efficient kernel takes no groups, and before Ampere no bfloat16.
+    too_old = not target.flash and query.dtype is torch.bfloat16 and not target.as_float16
+    if not flash and (grouped or too_old):
+        with torch.autocast("cpu", enabled=False):
+            return _written_out(query, key, value, attn_mask, scale)
     bias = None
     if attn_mask is not None:
         bias = attn_mask
@@ -184,6 +188,27 @@ def _attention(
         tracer, flash, query, key, value, bias
     )
     return out[..., :width] if width % 8 else out
+
+
+def _written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """The plain kernel: all that is between is float32, also of 16 bits and under autocast."""
+    wide = [t.float() for t in (query, key, value)]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        wide[1:] = [t.repeat_interleave(groups, 1) for t in wide[1:]]
+    root = (scale or query.shape[-1] ** -0.5) ** 0.5
+    scores = (wide[0] * root) @ (wide[1] * root).transpose(-2, -1)
+    if mask is not None:
+        scores = scores + mask
+    shares = torch.softmax(scores, -1)
+    del scores
+    return (shares @ wide[2]).to(query.dtype)
 
 
 class _Attention(torch.autograd.Function):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lowres.core.recipe import Recipe
 
 MASK = "{mask}"
+LONG_WORD = 20
+"""Letters: a space farther back is not where a word begins."""
 
 
 @part
@@ -171,7 +173,6 @@ def _fit(example: Example, pattern: str, encoder: Encoder) -> tuple[list[int], i
         if over <= 0:
             return ids, whole - len(ids)
         longer = max(texts, key=lambda key: len(texts[key]))
-        words = texts[longer].split(" ")
         if not texts[longer]:
             raise InputError(
                 "the recipe",
@@ -183,6 +184,12 @@ def _fit(example: Example, pattern: str, encoder: Encoder) -> tuple[list[int], i
                     )
                 ],
             )
-        # Cutting as many words as there are tokens too many would overshoot; a third is never too
-        # few for long and at least one keeps it moving.
-        texts[longer] = " ".join(words[: len(words) - max(1, over // 3)]) if len(words) > 1 else ""
+        texts[longer] = _shorter(texts[longer], over / len(ids))
+
+
+def _shorter(text: str, share: float) -> str:
+    """Without its end: half of a share of its letters, so that more is never cut than must be, and
+    at least one; back to a space where one is near, which not every script has."""
+    kept = min(len(text) - 1, round(len(text) * (1 - share / 2)))
+    border = text.rfind(" ", 0, kept + 1)
+    return text[: border if border > 0 and kept - border <= LONG_WORD else kept]

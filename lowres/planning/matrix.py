@@ -30,20 +30,21 @@ def matrix(models: Sequence[str], cards: Sequence[Device], overrides: Sequence[s
     Raises:
         InputError: For a card that leaves nothing for tensors.
     """
+    short = [model.rstrip("/").rpartition("/")[2] for model in models]
+    names = models if len(set(short)) < len(set(models)) else short
     told = f"{SETTING}; {', '.join(overrides)}" if overrides else SETTING
     cells = [
         cell
-        for model in models
+        for model, name in zip(models, names, strict=True)
         for method, changes in METHODS.items()
-        for cell in _cells(model, method, [*changes, *overrides], cards)
+        for cell in _cells(model, name, method, [*changes, *overrides], cards)
     ]
     return Matrix(told, cells)
 
 
 def _cells(
-    model: str, method: str, overrides: list[str], cards: Sequence[Device]
+    model: str, name: str, method: str, overrides: list[str], cards: Sequence[Device]
 ) -> Iterator[Cell]:
-    name = model.rstrip("/").rpartition("/")[2]
     planned: dict[Target, int] = {}
     for device in cards:
         card, target = devices.card(device), target_of(device)

@@ -108,6 +108,8 @@ def rehearse(
         deepspeed_shapes.planning(processes, target.kind == "cuda", recipe.loop.precision),
         accelerate.alone_on_cpu(recipe) as accelerator,
     ):
+        # Its autocast is traced as that of bfloat16, which a CPU has.
+        target = dataclasses.replace(target, as_float16=recipe.loop.precision == "fp16")
         stage = _Stage(recipe, inputs, accelerator, target, whole or bool(uneven), quick)
         stage.states_only, stage.processes = states_only, processes
         with scenes.naming_the_place(stage.tracer):
@@ -256,7 +258,9 @@ class _Stage:
         last, total = step == len(self.shown) - 1, updates_of(recipe, len(self.inputs.data.train))
         learner.base.train()
         rows = portions.rows_of(recipe, self.inputs.data, step)
-        rows = rows[: -(-len(rows) // self.processes)]
+        share = -(-len(rows) // self.processes)
+        shares = [rows[i : i + share] for i in range(0, len(rows), share)]
+        rows = max(shares, key=lambda own: max(row.length for row in own))
         with tracer:
             tracer.enter("forward")
             recipe.method.before_update(learner.base, step, total)

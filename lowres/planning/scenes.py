@@ -179,7 +179,8 @@ def evaluate(
         with tracer, torch.no_grad(), accelerator.autocast():
             objective.predict(learner, batch, recipe.task)
         if generates:
-            given = batch["input_ids"].shape[1] if learner.kind == "decoder" else 1
+            own = recipe.method.positions()  # a soft prompt's keys and values
+            given = batch["input_ids"].shape[1] + own if learner.kind == "decoder" else 1
             _grow_cache(tracer, first, given, given + tokens)
 
 

@@ -235,10 +235,10 @@ def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], Setting, RunScore] | 
     """What group a record belongs to, its settings but for the seed, and how it scored."""
     recipe = record.recipe
     trained = next((d.rows for d in record.data if d.split == "train"), 0)
-    seen = len(record.losses) * recipe["loop"]["global_batch_size"]
     name = recipe["task"]["name"]
-    if record.outcome != "ok" or name not in registry.names("task") or not 0 < trained <= seen:
-        return None  # Less than one pass over the rows tells nothing of quality.
+    known = name in registry.names("task")
+    if record.outcome != "ok" or not known or not record.trained_on_all:
+        return None
     cls: Any = registry.load("task", name)
     scores = record.quality(cls.metric)
     if not scores or recipe["method"]["name"] not in registry.names("method"):

@@ -25,6 +25,7 @@ def of(recipe: Recipe, evidence: Sequence[RunRecord]) -> tuple[float | None, str
         theirs = record.recipe
         same = (
             record.outcome == "ok"
+            and record.trained_on_all
             and theirs["model"]["checkpoint"] == model
             and theirs["task"]["name"] == recipe.task.name
             and {k: theirs["method"].get(k) for k in method} == method

@@ -13,6 +13,7 @@ from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
 from lowres.core.units import GIB, format_bytes
 from lowres.memory import device as devices
+from lowres.memory.allocator import smallest_capacity
 from lowres.memory.catalogue import Device
 from lowres.planning import assumed
 from lowres.planning.least import least_bytes
@@ -84,7 +85,8 @@ def _plan(
             if one.needed_bytes is None:
                 _note(one, error)
             return
-        one.levers, one.needed_bytes = levers, done.trace.peak_bytes() + card.context_bytes
+        peak_bytes = smallest_capacity(done.trace.tensors, done.trace.sizes)
+        one.levers, one.needed_bytes = levers, peak_bytes + card.context_bytes
         one.fits = device_fits(one.needed_bytes, card)
         if one.fits:
             return

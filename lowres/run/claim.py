@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import platform
 import re
@@ -85,7 +86,7 @@ def folder_of(
     """The run's folder, chosen by the main process for all; the checkpoint to go on from; and the
     claim on the folder, which the main process alone holds.
     """
-    asked = None if asked is None else Path(asked)
+    asked = None if asked is None else Path(asked).expanduser()
     chosen: list[Any] = [None, None, None]
     claim: Claim | None = None
     if accelerator.is_main_process:
@@ -112,9 +113,9 @@ def begin(recipe: Recipe, asked: Path | None) -> Claim:
         InputError: When the folder holds something or is another run's, or cannot be written.
     """
     folder = asked or _next(recipe)
-    if folder.is_file():
-        raise InputError(f"'{folder}'", ["it is a file; --output names a folder"])
     try:
+        if folder.is_file():
+            raise InputError(f"'{folder}'", ["it is a file; --output names a folder"])
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"'{folder}'", [f"cannot be written: {error.strerror}"]) from None
@@ -157,7 +158,7 @@ def _record_in(folder: Path) -> RunRecord | None:
 
 
 def _next(recipe: Recipe) -> Path:
-    taken = [_number(p, stem(recipe)) for p in DEFAULT_ROOT.glob(f"{stem(recipe)}-*")]
+    taken = [_number(p, stem(recipe)) for p in DEFAULT_ROOT.glob(f"{glob.escape(stem(recipe))}-*")]
     return DEFAULT_ROOT / f"{stem(recipe)}-{max(taken, default=0) + 1}"
 
 
@@ -184,7 +185,7 @@ def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Pat
         InputError: When there is none.
     """
     if resume != "latest":
-        folder = Path(resume)
+        folder = Path(resume).expanduser()
         if asked is not None and asked.resolve() != folder.resolve().parent:
             raise InputError(
                 "the command",
@@ -196,7 +197,11 @@ def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Pat
     if asked is not None:
         candidates = [asked]
     else:
-        runs = [p for p in DEFAULT_ROOT.glob(f"{stem(recipe)}-*") if _number(p, stem(recipe))]
+        runs = [
+            p
+            for p in DEFAULT_ROOT.glob(f"{glob.escape(stem(recipe))}-*")
+            if _number(p, stem(recipe))
+        ]
         candidates = sorted(runs, key=lambda p: _number(p, stem(recipe)))[-1:]
     for folder in candidates:
         there = checkpoints(folder)

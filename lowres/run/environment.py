@@ -46,6 +46,8 @@ def commit() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    if not git("ls-files", "--", str(home)):  # installed within a checkout of something else
+        return {"commit": None, "dirty": None}
     status = git("status", "--porcelain", "--", str(home))
     return {
         "commit": git("rev-parse", "HEAD"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import time
@@ -25,6 +26,7 @@ from lowres.memory.meter import Meter
 from lowres.run import card, checkpoint, claim, environment, output, processes
 from lowres.run.evaluate import evaluate
 from lowres.run.foresight import foresee, to_record
+from lowres.run.limits import stopping_at_once
 from lowres.run.out_of_memory import is_out_of_memory
 from lowres.run.progress import Reporter
 from lowres.run.remarks import remarks
@@ -69,6 +71,8 @@ def execute(
     meter = Meter(accelerator.device)
     session: TrainingSession | None = None
     refused, begun = False, 0
+    at_once = contextlib.ExitStack()
+    at_once.enter_context(stopping_at_once())
     try:
         resumed, chosen, entries = None, None, None
         if found is not None:
@@ -160,9 +164,11 @@ def execute(
             worth = found is None or went_on or record.outcome == "ok"
             if worth and accelerator.is_main_process:
                 _write(record, recipe, folder, reporter)
-            accelerate.end_trackers(accelerator)
+            shared = record.outcome in ("ok", "out_of_time")
+            accelerate.end_trackers(accelerator, together=shared)
         if own is not None:
             own.release(if_empty=refused)
+        at_once.close()
     return record
 
 
@@ -244,7 +250,10 @@ def _save_model(learner: Any, accelerator: Any, folder: Path, record: RunRecord)
     with deepspeed.gathered(learner.base):
         if accelerator.is_main_process:
             with checkpoint.writing("the model", folder):
-                transformers.save(learner.base, learner.tokenizer, folder / output.MODEL)
+                output.in_place(
+                    folder / output.MODEL,
+                    lambda aside: transformers.save(learner.base, learner.tokenizer, aside),
+                )
             record.measured.saved_bytes = checkpoint.folder_bytes(folder / output.MODEL)
     accelerator.wait_for_everyone()
 
@@ -253,9 +262,7 @@ def _fill(record: RunRecord, session: TrainingSession | None, meter: Meter, star
     """Fill in what was measured, as far as the run came."""
     record.seconds = time.monotonic() - started
     record.measured.phases = meter.phases
-    record.measured.allocator_retries = meter.allocator_retries()
     if session is not None:
-        session.close()
         record.losses = session.progress.losses
         record.learning_rates = session.progress.learning_rates
         record.scores = session.scores
@@ -263,6 +270,10 @@ def _fill(record: RunRecord, session: TrainingSession | None, meter: Meter, star
         record.measured.step_time = session.step_time()
         record.measured.checkpoint_bytes = session.checkpoint_bytes
         record.measured.train_seconds = session.progress.train_seconds
+    with contextlib.suppress(Exception):  # A device that failed fails again when it is asked.
+        if session is not None:
+            session.close()
+        record.measured.allocator_retries = meter.allocator_retries()
     if record.error:
         record.events.append(Event(len(record.losses), record.outcome, record.error))
 
@@ -271,8 +282,11 @@ def _write(record: RunRecord, recipe: Recipe, folder: Path, reporter: Reporter) 
     """Write the record, and the card of the model if that was saved."""
     try:
         output.write_record(folder, record)
-        if (folder / output.MODEL).is_dir():
-            card.write(folder / output.MODEL, recipe, record)
     except OSError as error:
         # Said, not raised: it must not hide what ended the run.
         reporter.say(f"the record could not be written to {folder}: {error}")
+    try:
+        if (folder / output.MODEL).is_dir():
+            card.write(folder / output.MODEL, recipe, record)
+    except OSError as error:
+        reporter.say(f"the model's card could not be written to {folder}: {error}")

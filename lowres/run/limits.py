@@ -99,6 +99,30 @@ class Limits:
                 signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """SIGTERM and a terminal that is closed are Ctrl-C where no update is under way, so that the
+    record is written; where the program itself heeds them, or nohup, they stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number == _HANG_UP:
+            _leave_terminal()
+        raise KeyboardInterrupt
+
+    ends = [s for s in (signal.SIGTERM, _HANG_UP) if s is not None]
+    ours = [s for s in ends if signal.getsignal(s) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _leave_terminal() -> None:
     """Write nowhere from here on: what is written to a terminal that is gone is an error, and one
     of those would cost the checkpoint. Files and pipes stay."""

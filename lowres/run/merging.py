@@ -90,6 +90,7 @@ def merge(
         narrow = recipe.loop.precision != "no"
         with torch.autocast(next(learner.base.parameters()).device.type, torch.bfloat16, narrow):
             over_trained = logits_of(learner, batch)
+        del learner  # before the next is loaded
     learner = adapted(recipe, inputs, plain, adapter, same_base)
     unmerged = logits_of(learner, batch)
     with peft.disabled(learner.base):

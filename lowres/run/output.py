@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +64,18 @@ class Losses:
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def in_place(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let a folder be written aside and renamed: what bears its name is whole."""
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
@@ -16,14 +17,15 @@ from lowres.core.errors import InputError, some
 
 SHOWN = 5
 """Broken rows named one by one; of the rest the message says how many."""
+_UTF8 = "utf-8-sig"  # with the mark that some spreadsheets put first, or without
 
 
 def open_text(path: Path) -> IO[str]:
     if path.suffix == ".gz":
-        return cast("IO[str]", gzip.open(path, "rt", encoding="utf-8"))
+        return cast("IO[str]", gzip.open(path, "rt", encoding=_UTF8))
     if path.suffix == ".xz":
-        return cast("IO[str]", lzma.open(path, "rt", encoding="utf-8"))
-    return path.open(encoding="utf-8")
+        return cast("IO[str]", lzma.open(path, "rt", encoding=_UTF8))
+    return path.open(encoding=_UTF8)
 
 
 def folder_of(task: str, folder: str | None) -> Path | None:
@@ -62,7 +64,7 @@ def table(folder: Path, stem: str, columns: Sequence[str]) -> Iterator[dict[str,
     try:
         with open_text(path) as lines:
             rows = list(_json_rows(lines) if ".jsonl" in path.name else _tab_rows(lines))
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"'{path}'", [f"cannot be read: {error}"]) from error
     _stop_if_other_columns(path, [row for _, row in rows if isinstance(row, dict)], columns)
     broken = []
@@ -134,5 +136,5 @@ def text(name: str) -> str:
     try:
         with open_text(path) as file:
             return file.read()
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"'{path}'", [f"cannot be read as text: {error}"]) from error

@@ -8,6 +8,7 @@ Files may be gzip or xz; three line ends in a row part two documents.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -18,6 +19,7 @@ from lowres.core.parts import Task, part
 from lowres.tasks import _files
 
 _BETWEEN_DOCUMENTS = "\n\n\n"
+_LARGEST = math.log(sys.float_info.max)
 
 
 @part
@@ -68,7 +70,8 @@ class Text(Task):
         spread = sum((n - mean * t) ** 2 for n, t in windows)
         stderr = math.sqrt(spread * len(windows) / max(1, len(windows) - 1)) / tokens
         per_character = tokens / characters / math.log(2)
+        perplexity = math.exp(mean) if mean < _LARGEST else math.inf
         return {
-            "perplexity": Metric(math.exp(mean), math.exp(mean) * stderr),
+            "perplexity": Metric(perplexity, perplexity * stderr),
             "bits_per_character": Metric(mean * per_character, stderr * per_character),
         }

@@ -134,6 +134,15 @@ def test_rows_that_were_chosen_by_say_nothing_of_quality() -> None:
     assert planned_quality.of(one, searches) == (None, planned_quality.UNKNOWN)
 
 
+def test_a_trial_of_two_updates_says_nothing_of_quality() -> None:
+    """Behaviour: it ended well, and saw next to nothing; else `fit` would take what was tried."""
+    one = load_recipe(ROOT / "recipes" / "cola" / "minilm-lora-cpu.yaml")
+    trials = cola()
+    for record in trials:
+        record.losses = record.losses[:2]
+    assert planned_quality.of(one, trials) == (None, planned_quality.UNKNOWN)
+
+
 def test_what_is_known_of_another_kind_of_model_is_told_as_such(
     tmp_path: Path, command: Callable[..., Any]
 ) -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from lowres.core.record import Measurement, PhaseMemory, RunRecord, Score, to_json
+from lowres.core.record import (
+    Measurement,
+    PhaseMemory,
+    RunRecord,
+    Score,
+    StepTime,
+    from_file,
+    to_json,
+)
 
 
 def write(path: Path, name: str, error: str | None = None) -> Path:
@@ -94,3 +103,19 @@ def test_a_page_is_never_written_over_a_record(report, tmp_path: Path) -> None:
     code, _, err = report(file, "--html", file)
     assert code == 2 and ".html" in err
     assert file.read_bytes() == before
+
+
+def test_figures_that_are_no_numbers_are_read_back(report, tmp_path: Path) -> None:
+    """Behaviour: a run that diverged at its end scored so; it is shown, and so are the others."""
+    file = write(tmp_path / "a" / "record.json", "wild")
+    record = from_file(file)
+    record.scores[0].value, record.scores[0].stderr = math.nan, math.inf
+    record.measured.step_time = StepTime(1, math.nan, math.nan, math.nan, math.inf)
+    file.write_text(to_json(record), encoding="utf-8")
+    again = from_file(file)
+    assert math.isnan(again.scores[0].value) and again.scores[0].stderr == math.inf
+    assert again.measured.step_time is not None
+    assert again.measured.step_time.tokens_per_second == math.inf
+    write(tmp_path / "b" / "record.json", "tame")
+    code, out, _ = report(tmp_path)
+    assert code == 0 and "wild" in out and "tame" in out

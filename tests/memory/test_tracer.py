@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowres.memory.trace import Birth, Trace
 from lowres.memory.tracer import TraceFailed, Tracer
@@ -99,9 +100,39 @@ def test_flash_attention_keeps_a_row_of_sums_and_borrows_an_accumulator() -> Non
 
 
 def test_before_ampere_groups_of_heads_are_written_out() -> None:
-    """Behaviour: without flash no fused kernel takes groups, so scores of (T, T) are kept."""
+    """Reference: torch's plain kernel on a CPU, in float32 as on CUDA: without flash no fused one
+    takes groups, so scores of (T, T) are kept."""
     tracer = attention(Target("cuda", flash=False))
-    assert births(tracer, "forward").count(2 * 8 * 256 * 256 * 2) >= 2
+    scores = 2 * 8 * 256 * 256 * 4
+    assert births(tracer, "forward").count(scores) >= 2
+    usual = Tracer()
+    with usual, sdpa_kernel(SDPBackend.MATH):
+        q = torch.empty(2, 8, 256, 64, dtype=torch.bfloat16, requires_grad=True)
+        k = torch.empty(2, 2, 256, 64, dtype=torch.bfloat16, requires_grad=True)
+        usual.enter("forward")
+        out = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    assert births(usual, "forward").count(scores) >= 2 and out.dtype == q.dtype
+
+
+@pytest.mark.parametrize(
+    "old, as_float16, autocast, out",
+    [(True, False, None, True), (True, False, torch.bfloat16, True),
+     (True, True, torch.bfloat16, False), (False, False, None, False)],
+)  # fmt: skip
+def test_before_ampere_no_fused_kernel_takes_bfloat16(
+    old: bool, as_float16: bool, autocast: torch.dtype | None, out: bool
+) -> None:
+    """Behaviour: also with a mask, and under autocast; float16, for which autocast to bfloat16 may
+    stand, has the memory-efficient one."""
+    tracer = Tracer()
+    target = Target("cuda", flash=not old, as_float16=as_float16)
+    kind = torch.float32 if autocast else torch.bfloat16
+    mask = torch.ones(2, 1, 256, 256, dtype=torch.bool)
+    with tracer, translating(tracer, target), torch.autocast("cpu", autocast, autocast is not None):
+        q = torch.empty(2, 8, 256, 64, dtype=kind, requires_grad=True)
+        tracer.enter("forward")
+        F.scaled_dot_product_attention(q, q, q, mask)
+    assert (2 * 8 * 256 * 256 * 4 in births(tracer, "forward")) == out
 
 
 def test_a_mask_becomes_a_bias_of_its_own_in_every_layer() -> None:

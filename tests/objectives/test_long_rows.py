@@ -45,3 +45,17 @@ def test_long_texts_are_cut_without_a_word_of_indexing_errors(
         logger.removeHandler(caplog.handler)
     assert rows and all(len(row.inputs["input_ids"]) <= LIMIT for row in rows)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "text", ["猫" * 200, "https://a.b/" + "c" * 400, "Donaudampfschifffahrt " * 20]
+)
+def test_no_more_is_cut_than_must_be(text: str, tokenizer_maker: Callable[..., Any]) -> None:
+    """Behaviour: of scripts without spaces, long names and words of many tokens a row is filled,
+    whatever its letters; none is emptied."""
+    encoder = Encoder(tokenizer_maker(), "decoder", LIMIT)
+    task = registry.load("task", "grammaticality")()
+    (row,) = registry.load("objective", "label_words")().rows(
+        task, [Example("0", text, label=1)], encoder, "train"
+    )
+    assert LIMIT // 2 <= len(row.inputs["input_ids"]) <= LIMIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,17 @@ def test_costly_levers_are_searched_only_when_nothing_fits(
         used = {c.settings["levers"] for c in found.candidates}
         needs[gib] = any("gradient_checkpointing" in told for told in used)
     assert needs == {4.0: False, 0.32: True}
+
+
+def test_models_of_one_name_keep_their_own_rows(
+    config_folder: Callable[..., str], tmp_path: Path
+) -> None:
+    """Behaviour: two folders that end alike are told by their whole paths."""
+    places = []
+    for number in ("1", "2"):
+        place = tmp_path / number / "model"
+        shutil.copytree(config_folder(), place)
+        places.append(str(place))
+    found = matrix(places, [devices.generic(8.0)])
+    assert [c.model for c in found.cells[:: len(METHODS)]] == places
+    assert matrix(places[:1], [devices.generic(8.0)]).cells[0].model == "model"

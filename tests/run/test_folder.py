@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
+import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import lowres
+from lowres.bridges import accelerate, transformers
 from lowres.core.errors import DoesNotFit, InputError, Interrupted, LowresError
+from lowres.core.record import from_file
 from lowres.making import build
-from lowres.run import checkpoint
+from lowres.memory.meter import Meter
+from lowres.run import checkpoint, execute, limits
 from lowres.run.session import TrainingSession
 
 TOO_SMALL = {"host_gib": 1e-6}
@@ -228,3 +234,78 @@ def test_a_run_that_stops_where_it_saved_saves_once(
     with pytest.raises(LowresError, match="--resume"):
         run(short, output_folder=tmp_path / "out")
     assert len(saved) == 1 and (tmp_path / "out" / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
+def test_a_signal_while_scoring_costs_no_record(
+    sent: int, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: training is over; what the signals do is as before afterwards."""
+    before = signal.getsignal(sent)
+    monkeypatch.setattr(limits, "_leave_terminal", lambda: None)
+    monkeypatch.setattr(execute, "evaluate", lambda *_: os.kill(os.getpid(), sent))
+    with pytest.raises(Interrupted, match="stopped at once"):
+        run(keys, output_folder=tmp_path / "out")
+    record = from_file(tmp_path / "out" / "record.json")
+    assert record.outcome == "interrupted" and len(record.losses) == 4
+    assert (tmp_path / "out" / "model" / "README.md").is_file()
+    assert signal.getsignal(sent) is before
+
+
+def test_a_device_that_fails_twice_costs_no_record(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: after an illegal access every later question ends in the same error."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(execute, "evaluate", fail)
+    monkeypatch.setattr(Meter, "allocator_retries", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(keys, output_folder=tmp_path / "out")
+    record = from_file(tmp_path / "out" / "record.json")
+    assert record.outcome == "failed" and len(record.losses) == 4
+
+
+def test_a_disk_that_fills_up_leaves_no_half_of_the_trained_model(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: what bears the name is whole, and the record says what happened."""
+
+    def fill(model: Any, tokenizer: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(transformers, "save", fill)
+    with pytest.raises(LowresError, match="the model could not be written .*disk is full"):
+        run(keys, output_folder=tmp_path / "out")
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith("model")]
+    assert "disk is full" in str(from_file(tmp_path / "out" / "record.json").error)
+
+
+def test_names_mean_what_they_say(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: the home folder; a recipe whose name has the letters of a pattern."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "read", stop)
+    one = dataclasses.replace(lowres.load_recipe(keys), source="lora[1].yaml")
+    for asked, place in (("~/a", "home/a"), (None, "runs/lora[1]-1"), (None, "runs/lora[1]-2")):
+        with pytest.raises(Interrupted):
+            lowres.run(one, output_folder=asked, quiet=True, plan=False)
+        assert (tmp_path / place / "record.json").is_file()
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_the_others() -> None:
+    """Behaviour: leaving the group waits for all of it; a single process has none to wait for."""
+    done: list[str] = []
+    tracker = SimpleNamespace(finish=lambda: done.append("tracker"))
+    for processes, together in ((1, False), (2, True), (2, False)):
+        group = SimpleNamespace(
+            num_processes=processes, trackers=[tracker], end_training=lambda: done.append("group")
+        )
+        accelerate.end_trackers(group, together=together)
+    assert done == ["group", "group", "tracker"]
