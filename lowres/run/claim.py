@@ -207,7 +207,7 @@ def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Pat
         there = checkpoints(folder)
         if there:
             return folder, there[-1]
-    where = asked or f"{DEFAULT_ROOT}/{stem(recipe)}-*"
+    where = candidates[0] if candidates else f"{DEFAULT_ROOT}/{stem(recipe)}-*"
     raise InputError(
         f"'{where}'",
         [

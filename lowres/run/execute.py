@@ -167,6 +167,8 @@ def execute(
             shared = record.outcome in ("ok", "out_of_time")
             accelerate.end_trackers(accelerator, together=shared)
         if own is not None:
+            if refused and found is None:
+                (folder / output.RECIPE).unlink(missing_ok=True)
             own.release(if_empty=refused)
         at_once.close()
     return record

@@ -309,3 +309,18 @@ def test_a_process_that_fails_alone_does_not_wait_for_the_others() -> None:
         )
         accelerate.end_trackers(group, together=together)
     assert done == ["group", "group", "tracker"]
+
+
+def test_a_refusal_after_loading_leaves_nothing(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: what only the loaded model can tell; the same folder may be asked for again."""
+
+    def refuse(*_: Any) -> None:
+        raise InputError("the recipe", ["its head has no weight"])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "engine_of", refuse)
+        with pytest.raises(InputError, match="no weight"):
+            run(keys, output_folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
