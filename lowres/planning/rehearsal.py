@@ -258,9 +258,7 @@ class _Stage:
         last, total = step == len(self.shown) - 1, updates_of(recipe, len(self.inputs.data.train))
         learner.base.train()
         rows = portions.rows_of(recipe, self.inputs.data, step)
-        share = -(-len(rows) // self.processes)
-        shares = [rows[i : i + share] for i in range(0, len(rows), share)]
-        rows = max(shares, key=lambda own: max(row.length for row in own))
+        rows = rows[: -(-len(rows) // self.processes)]
         with tracer:
             tracer.enter("forward")
             recipe.method.before_update(learner.base, step, total)

@@ -24,7 +24,12 @@ def no_work(*words: Any, **names: Any) -> Any:
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch, in_folder: Path) -> Path:
     """A folder with a user's file, where nothing is searched for, planned or read."""
-    for name in ("run.fit.fit", "run.plan.plan", "run.matrix.matrix", "core.record.from_file"):
+    for name in (
+        "recommend.fit.fit",
+        "planning.plan.plan",
+        "planning.matrix.matrix",
+        "core.record.from_file",
+    ):
         monkeypatch.setattr(f"lowres.{name}", no_work)
     (in_folder / "mine.yaml").write_text("schema: 1\n")
     (in_folder / "folder.html").mkdir()

@@ -139,10 +139,15 @@ def test_a_terminal_that_is_closed_saves_and_resumes(
     recipe, folder = tmp_path / "r.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(keys))
     window, terminal = pty.openpty()
+
+    def begin() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have had it ignored
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
         [sys.executable, "-m", "lowres", "run", str(recipe), "--output", str(folder), "--no-plan"],
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=begin,
     )  # fmt: skip
     os.close(terminal)
     shown = b""
