@@ -8,7 +8,7 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -76,9 +76,6 @@ class Limits:
     def stopping_between_updates(self) -> Iterator[None]:
         """Ctrl-C, SIGTERM and a terminal that is closed end the run after the update under way; a
         second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
         def ask(number: int, frame: FrameType | None) -> None:
             if number == _HANG_UP:
@@ -91,21 +88,14 @@ class Limits:
         ends = [signal.SIGINT, signal.SIGTERM]
         if _HANG_UP is not None and signal.getsignal(_HANG_UP) is not signal.SIG_IGN:  # by nohup
             ends.append(_HANG_UP)
-        before = {s: signal.signal(s, ask) for s in ends}
-        try:
+        with _heeding(ends, ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
     """SIGTERM and a terminal that is closed are Ctrl-C where no update is under way, so that the
     record is written; where the program itself heeds them, or nohup, they stay as they are."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def stop(number: int, frame: FrameType | None) -> None:
         if number == _HANG_UP:
@@ -113,14 +103,24 @@ def stopping_at_once() -> Iterator[None]:
         raise KeyboardInterrupt
 
     ends = [s for s in (signal.SIGTERM, _HANG_UP) if s is not None]
-    ours = [s for s in ends if signal.getsignal(s) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, stop)
+    with _heeding([s for s in ends if signal.getsignal(s) is signal.SIG_DFL], stop):
+        yield
+
+
+@contextlib.contextmanager
+def _heeding(
+    numbers: Sequence[int], how: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Python hands signals to the main thread alone; in another they stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, how) for number in numbers}
     try:
         yield
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave_terminal() -> None:
