@@ -17,6 +17,7 @@ from lowres.core import paths
 from lowres.core.reading import load_recipe
 from lowres.core.units import GIB
 from lowres.memory import device as devices
+from lowres.planning.assumed import assumed_inputs
 from lowres.planning.plan import plan
 from lowres.planning.starting import starting_recipe
 
@@ -74,7 +75,9 @@ def main() -> None:
                 [*overrides, "loop.micro_batch_size=2", "loop.global_batch_size=2",
                  f"loop.max_length={length}"],
             )  # fmt: skip
-            found = plan(recipe, devices.load("a100-80gb" if size == "3B" else "rtx-4090"))
+            card = devices.load("a100-80gb" if size == "3B" else "rtx-4090")
+            # Packed rows are all as long as allowed there.
+            found = plan(recipe, card, inputs=assumed_inputs(recipe, padded=False))
             steady = found.phases["steady_steps"]
             logits = steady.categories.get("logits", 0)
             row["planned_gib"] = round((steady.allocated_bytes or 0) / GIB, 2)

@@ -188,7 +188,7 @@ def _searched(
     """The value that all runs of the method take."""
     task = load_recipe(recipe, settings).task
     metric = search.metric or task.metric
-    sign = 1.0 if metric != task.metric or task.higher_is_better else -1.0
+    sign = -1.0 if metric in task.lower_is_better else 1.0
     found: dict[float, Score] = {}
     for value in values:
         changes = [*settings, *search.settings, f"{search.key}={value!r}"]

@@ -29,7 +29,7 @@ def folder_of(location: str, revision: str | None) -> str | None:
 
 def keep(adapted: Any, folder: Path) -> None:
     """Write the digest of an adapter's base beside it, where the base's files are at hand."""
-    found = _digest_of(adapted.get_base_model())
+    found = digest_of(adapted.get_base_model())
     if found is not None:
         (folder / FILE).write_text(json.dumps({"digest": found}) + "\n", encoding="utf-8")
 
@@ -43,7 +43,7 @@ def stop_at_other(model: Any, revision: str | None, adapter: Path) -> None:
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     name, wanted = config.get("base_model_name_or_path"), config.get("revision")
-    ours, kept = _digest_of(model), _kept(adapter)
+    ours, kept = digest_of(model), _kept(adapter)
     if ours is not None and kept is not None:
         if ours == kept:
             return
@@ -82,7 +82,7 @@ def _same_place(one: str, other: str) -> bool:
     return all(p.is_dir() for p in places) and places[0].resolve() == places[1].resolve()
 
 
-def _digest_of(model: Any) -> str | None:
+def digest_of(model: Any) -> str | None:
     """Of all tensors' names, types and shapes and some bytes of each, however they are sharded.
 
     A large model is not read whole: 64 bytes from the middle of each tensor tell a model that was

@@ -78,9 +78,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What was predicted for one row, and remarks that are averaged into the scores."""
+    """What was predicted for one row, and remarks that are averaged into the scores.
 
-    value: int | str | tuple[float, int]
+    Args:
+        value: Of a label its index, of an answer the text; of a likelihood the negative logarithm,
+            the tokens it is of, and all tokens of the row's text.
+    """
+
+    value: int | str | tuple[float, int, int]
     remarks: Mapping[str, float] = field(default_factory=dict)
 
 

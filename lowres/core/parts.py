@@ -117,7 +117,8 @@ class Task(Part):
     asks: ClassVar[Asks]
     labels: ClassVar[tuple[str, ...]] = ()
     metric: ClassVar[str]
-    higher_is_better: ClassVar[bool] = True
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
+    """Metrics whose lower values are better."""
     pattern: ClassVar[str] = "{text}"
     label_words: ClassVar[tuple[str, ...]] = ()
     published_overlap: ClassVar[int] = 0

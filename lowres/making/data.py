@@ -4,6 +4,7 @@ order of updates.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ def encode(recipe: Recipe, splits: Splits, encoder: Encoder, vocabulary: int) ->
         encoded = objective.rows(task, examples, encoder, "predict")
         if task.asks == "likelihood":
             encoded = _keep_trainable(data, split, encoded)
+            if not encoded:
+                raise InputError("the task", [f"no token of the split '{split}' can be scored"])
         else:
             data.reports.append(_report(split, encoded, 0))
         data.evaluation[split] = (examples, encoded)
@@ -261,6 +264,17 @@ class Order:
             random.Random(f"order-{self._seed}-{epoch}").shuffle(order)
             self._permutations[epoch] = order
         return self._permutations[epoch]
+
+
+def digest_of_rows(rows: Sequence[Row]) -> str:
+    """Of what is read and asked for in each row, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        told = [row.id, *(list(values) for values in row.inputs.values()), list(row.labels)]
+        digest.update(repr(told).encode())
+        if row.image is not None:
+            digest.update(row.image.pixels)
+    return digest.hexdigest()
 
 
 def updates_of(recipe: Recipe, rows: int) -> int:

@@ -42,7 +42,7 @@ def probe_lengths(widths: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """One recipe at any micro-batch and length.
+    """One recipe at any micro-batch and length; without a mask, which one row does not ask for.
 
     Args:
         instants: Coefficients of the bytes alive after each event, (3, events).

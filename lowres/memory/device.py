@@ -126,12 +126,25 @@ def of_torch(device: torch.device) -> Device:
         return _apple() if device.type == "mps" else load("cpu")
     import torch
 
+    from lowres.memory.meter import process_bytes
+
     p = torch.cuda.get_device_properties(device)
     sms, uuid = p.multi_processor_count, f"GPU-{p.uuid}"
-    return _real(p.name, p.total_memory, (p.major, p.minor), sms, uuid)
+    free, total = torch.cuda.mem_get_info(device)
+    own = process_bytes(device)
+    taken = 0 if own is None else total - free - own
+    return _real(p.name, p.total_memory, (p.major, p.minor), sms, uuid, taken)
 
 
-def _real(name: str, total: int, capability: tuple[int, int], sms: int, uuid: str) -> Device:
+def _real(
+    name: str, total: int, capability: tuple[int, int], sms: int, uuid: str, taken: int = 0
+) -> Device:
+    """The card with its real memory.
+
+    Args:
+        taken: Bytes that others hold now; a plan leaves them out, or what the file of the card says
+            that the system keeps, whichever is more.
+    """
     try:
         device = load(name)
         like = abs(device.total_bytes - total) <= LIKE_ITS_FILE * total
@@ -140,7 +153,12 @@ def _real(name: str, total: int, capability: tuple[int, int], sms: int, uuid: st
     if not like:
         device = _generic(name, total, capability, sms)
     sources = {**device.sources, "total_bytes": "this machine"}
-    return dataclasses.replace(device, total_bytes=total, uuid=uuid, sources=sources)
+    kept = device.reserved_by_system_bytes
+    if taken > kept:
+        kept, sources["reserved_by_system_bytes"] = taken, "this machine, held by others now"
+    return dataclasses.replace(
+        device, total_bytes=total, reserved_by_system_bytes=kept, uuid=uuid, sources=sources
+    )
 
 
 def _from_nvml() -> Device | None:
@@ -165,7 +183,7 @@ def _from_nvml() -> Device | None:
     # CUDA programming guide, arithmetic throughput: float32 lanes of one SM.
     sms = cores // (64 if (major, minor) in ((6, 0), (7, 0), (7, 5), (8, 0)) else 128)
     # What the driver keeps for itself, torch's `total_memory` leaves out.
-    return _real(name, memory.total - memory.reserved, (major, minor), sms, uuid)
+    return _real(name, memory.total - memory.reserved, (major, minor), sms, uuid, memory.used)
 
 
 def _apple() -> Device:

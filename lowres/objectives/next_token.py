@@ -56,12 +56,16 @@ class NextToken(Objective):
                 learner.token_logprobs(batch).view(batch["labels"].shape).cpu().double().sum(-1)
             )
             counts = (batch["labels"] != IGNORED).sum(-1)
-            pairs = zip(per_row.tolist(), counts.tolist(), strict=True)
-            return [Prediction((float(-logprob), int(count))) for logprob, count in pairs]
+            started = learner.tokenizer.bos_token_id is not None
+            texts = batch["attention_mask"].sum(-1) - int(started)
+            if learner.kind == "encoder_decoder":
+                texts = texts + counts
+            all_rows = zip(per_row.tolist(), counts.tolist(), texts.tolist(), strict=True)
+            return [Prediction((-logprob, count, text)) for logprob, count, text in all_rows]
         from lowres.bridges import transformers
 
-        texts = transformers.generate(learner.base, learner.tokenizer, batch, self.max_new_tokens)
-        return [Prediction(text) for text in texts]
+        said = transformers.generate(learner.base, learner.tokenizer, batch, self.max_new_tokens)
+        return [Prediction(text) for text in said]
 
     def longest(self, task: Task, max_length: int, kind: Kind) -> int:
         generates = task.asks == "answer" and kind == "decoder"

@@ -1,4 +1,4 @@
-"""Inputs of a plan where the tokenizer or the data is not at hand: every row as long as allowed."""
+"""Inputs of a plan where the tokenizer or the data is not at hand: rows as long as allowed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lowres.bridges import blocks, tokenizers, transformers
 from lowres.bridges.kinds import image_reader, kind_of, vocabulary_of
 from lowres.core.errors import InputError
-from lowres.core.example import Example
+from lowres.core.example import Example, Row
 from lowres.core.images import Image
 from lowres.core.learner import Encoder
 from lowres.core.recipe import Recipe
@@ -42,15 +42,17 @@ def inputs_for(recipe: Recipe) -> tuple[Inputs, str]:
             return inputs, f"the data: {len(inputs.data.train)} rows, the longest {longest} tokens"
     else:
         reason = f"'{wanted.checkpoint}' has no tokenizer"
-    told = f"assumed: every row has {recipe.loop.max_length} tokens ({reason})"
+    told = f"assumed: rows of {recipe.loop.max_length} tokens ({reason})"
     return assumed_inputs(recipe, config), told
 
 
-def assumed_inputs(recipe: Recipe, config: Any = None) -> Inputs:
+def assumed_inputs(recipe: Recipe, config: Any = None, *, padded: bool = True) -> Inputs:
     """Inputs of a recipe without its tokenizer and data.
 
     Args:
         config: Of the model, where it was read already.
+        padded: Where several rows go together, one is a token shorter: those of data differ in
+            length, so that attention needs a mask.
     """
     if config is None:
         wanted = recipe.model
@@ -61,7 +63,7 @@ def assumed_inputs(recipe: Recipe, config: Any = None) -> Inputs:
     build.stop_at_position_limit(recipe, config, tokenizer, kind)
     encoder = Encoder(tokenizer, kind, recipe.loop.max_length)
     head = recipe.objective.heads[kind]
-    return Inputs(config, kind, head, tokenizer, encoder, _rows(recipe, encoder))
+    return Inputs(config, kind, head, tokenizer, encoder, _rows(recipe, encoder, padded))
 
 
 def _stand_in(recipe: Recipe, config: Any) -> Any:
@@ -88,7 +90,7 @@ def config_of(checkpoint: str, revision: str | None = None, trust_remote_code: b
         raise InputError(error.subject, problems) from error
 
 
-def _rows(recipe: Recipe, encoder: Encoder) -> data.Data:
+def _rows(recipe: Recipe, encoder: Encoder, padded: bool) -> data.Data:
     """As many rows as an update and an evaluation batch take, cut to the allowed length."""
     loop, task = recipe.loop, recipe.task
     example = _example(recipe, encoder)
@@ -96,11 +98,25 @@ def _rows(recipe: Recipe, encoder: Encoder) -> data.Data:
     train = recipe.objective.rows(task, [example], encoder, "train")[:1]
     data.number(train)
     scored = recipe.objective.rows(task, [example], encoder, "predict")[:1]
+    train, scored = train * loop.global_batch_size, scored * size
+    if padded and loop.micro_batch_size > 1:
+        train[-1] = _shorter(train[-1])
+    if padded and size > 1:
+        scored[-1] = _shorter(scored[-1])
     return data.Data(
-        train=train * loop.global_batch_size,
+        train=train,
         train_examples=[example],
-        evaluation={"assumed": ([example] * size, scored * size)},
+        evaluation={"assumed": ([example] * size, scored)},
     )
+
+
+def _shorter(row: Row) -> Row:
+    """By its first token; an image has no fewer."""
+    if row.length == 1 or row.image is not None:
+        return row
+    alike = len(row.labels) == row.length
+    inputs = {name: values[1:] for name, values in row.inputs.items()}
+    return dataclasses.replace(row, inputs=inputs, labels=row.labels[1:] if alike else row.labels)
 
 
 def _example(recipe: Recipe, encoder: Encoder) -> Example:

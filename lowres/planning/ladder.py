@@ -14,6 +14,7 @@ from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
 from lowres.memory.allocator import smallest_capacity
 from lowres.memory.catalogue import Device
+from lowres.memory.host_allocator import given_bytes
 from lowres.planning import plan as planning
 from lowres.planning.assumed import inputs_for
 from lowres.planning.rehearsal import Rehearsal, rehearse_quickly
@@ -25,9 +26,10 @@ _LOST = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Weighed:
-    """What a quick rehearsal says of a recipe."""
+    """What a quick rehearsal says of a recipe; host memory is what levers keep there."""
 
     needed_bytes: int
+    host_bytes: int
     step: StepPlan | None
 
 
@@ -45,7 +47,7 @@ def ladder(
         last what cannot be had, with the reason.
     """
     device, card = planning.choose_card(recipe, device)
-    scale = _Scale(device, card, found, weigh(recipe, device, card))
+    scale = _Scale(device, card, found, weigh(recipe, device, card, found.processes))
     changes = []
     for name, overrides in variants(recipe, found):
         if only not in ("", name):
@@ -74,13 +76,16 @@ class _Scale:
 
     def put(self, change: Change, changed: Recipe) -> None:
         """Fill in what the change would do."""
-        there = weigh(changed, self.device, self.card)
+        there = weigh(changed, self.device, self.card, self.found.processes)
         if self.base.step is not None and there.step is not None:
             change.step_ratio = there.step.seconds / self.base.step.seconds
         saved = self.base.needed_bytes - there.needed_bytes
-        self._tell(change, changed, saved, self.found.host_needed_bytes)
+        host = self.found.host_needed_bytes + there.host_bytes - self.base.host_bytes
+        # On a CPU the device's memory is the host's.
+        own = saved if self.card is not None and self.card.kind == "cpu" else 0
+        self._tell(change, changed, saved, host - own)
         if self._doubtful(change):
-            full = planning.plan(changed, self.device)
+            full = planning.plan(changed, self.device, processes=self.found.processes)
             saved = self.found.needed_bytes - full.needed_bytes
             self._tell(change, changed, saved, full.host_needed_bytes)
 
@@ -88,9 +93,8 @@ class _Scale:
         change.saved_bytes, change.needed_bytes = saved, self.found.needed_bytes - saved
         if self.card is None:
             return
-        if self.card.kind == "cpu":
-            host = self.found.host_needed_bytes - saved
-        there = planning.host_fits(changed, host, self.device) is not False
+        processes = self.found.processes
+        there = planning.host_fits(changed, host, self.device, processes) is not False
         change.fits = there and (
             self.card.kind == "cpu" or planning.device_fits(change.needed_bytes, self.card)
         )
@@ -164,14 +168,15 @@ def _divisor_below(whole: int, most: int) -> int:
     return next(n for n in range(most, 0, -1) if whole % n == 0)
 
 
-def weigh(recipe: Recipe, device: Device | None, card: Card | None) -> Weighed:
+def weigh(recipe: Recipe, device: Device | None, card: Card | None, processes: int = 1) -> Weighed:
     """Needed bytes and step time by a quick rehearsal; both are for comparison."""
     inputs, _ = inputs_for(recipe)
     target = planning.target_of(device)
-    done = rehearse_quickly(recipe, inputs, target)
+    done = rehearse_quickly(recipe, inputs, target, processes)
     needed_bytes = _needed(done, card, target.kind == "cpu")
     room_bytes = None if card is None else planning.room_of(card, needed_bytes)
-    return Weighed(needed_bytes, planning.step_of(device, done, room_bytes))
+    step = planning.step_of(device, done, room_bytes)
+    return Weighed(needed_bytes, max(given_bytes(done.host)), step)
 
 
 def _needed(done: Rehearsal, card: Card | None, on_cpu: bool) -> int:

@@ -96,7 +96,9 @@ def plan(
         needed_bytes=needed_bytes,
         fits=None if card is None or card.kind == "cpu" else device_fits(needed_bytes, card),
         host_needed_bytes=host_bytes,
-        host_fits=host_fits(recipe, host_bytes, device),
+        host_fits=host_fits(recipe, host_bytes, device, processes),
+        processes=processes,
+        updates=done.updates,
         disk_bytes=disk_bytes(done.host),
         trainable=done.trainable,
         total=done.total,
@@ -147,21 +149,34 @@ def room_of(card: Card, needed_bytes: int) -> int:
     return card.available_bytes - (needed_bytes - card.context_bytes)
 
 
-def host_fits(recipe: Recipe, needed_bytes: int, device: Device | None) -> bool | None:
-    """Whether the host has that much, or may give it; None where neither is known."""
-    limit = host_limit(recipe, device)
+def host_fits(
+    recipe: Recipe, needed_bytes: int, device: Device | None, processes: int = 1
+) -> bool | None:
+    """Whether the host has that much for each process, or may give it; None where neither is
+    known."""
+    limit = host_limit(recipe, device, processes)
     return None if limit is None else needed_bytes <= limit[0]
 
 
-def host_limit(recipe: Recipe, device: Device | None) -> tuple[int, str] | None:
-    """Bytes of host memory that there are to take, and the words before them that say whose limit
-    that is; None where it is not known."""
+def host_limit(recipe: Recipe, device: Device | None, processes: int = 1) -> tuple[int, str] | None:
+    """Bytes of host memory that there are for one process to take, and the words before them that
+    say whose limit that is; None where it is not known."""
     budget = recipe.budget.host_gib
     if budget is not None:
         return gib_to_bytes(budget), f"budget.host_gib {budget:g} allows"
     if device is not None and (device.kind == "cpu" or device.uuid is not None):  # of this machine
-        return int(psutil.virtual_memory().total), "this machine has"
+        total = int(psutil.virtual_memory().total)
+        shared = f" for each of {processes} processes" if processes > 1 else ""
+        return total // processes, f"this machine has{shared}"
     return None
+
+
+def waiting_bytes(done: Rehearsal) -> int:
+    """Host memory that a rehearsal takes at the least: what waits there while it trains, or the
+    weights that are read there first, and what the process holds by now."""
+    first = next(at for name, at in done.trace.marks if name == "first_step")
+    read = 0 if done.loads_on_device else sum(done.trace.sizes[:first])
+    return int(max(read, *given_bytes(done.host)) + psutil.Process().memory_info().rss)
 
 
 def _depth(done: Rehearsal, exact: bool) -> str:

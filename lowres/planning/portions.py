@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowres.core.batching import batching_of
-from lowres.core.example import Batch, Row, all_tokens, real_tokens
+from lowres.core.example import IGNORED, Batch, Row, all_tokens, real_tokens
 from lowres.core.recipe import Recipe
 from lowres.core.rotation import Rotating
 from lowres.making.data import Data, Order, updates_of
@@ -18,16 +19,56 @@ USUAL_UPDATES = 32
 """Updates over which the usual padding is averaged."""
 
 
-def updates_shown(recipe: Recipe, data: Data, names: Sequence[str]) -> list[int]:
-    """The first two updates; where blocks rotate, also the first two of the period that reaches
-    lowest, which keeps most for backward.
+@dataclass(frozen=True)
+class Shown:
+    """An update that is rehearsed.
+
+    Args:
+        turn: The update whose blocks train, where blocks rotate.
+        rows: The update whose rows are trained on.
+    """
+
+    turn: int
+    rows: int
+
+
+class Size(NamedTuple):
+    """What of a micro-batch decides how much memory it takes: any of the four may.
+
+    Args:
+        inputs: Tokens that the model reads, padding included.
+        labels: Elements of the labels; of an encoder-decoder the decoder's tokens.
+        masked: Whether attention needs a mask, for padding or for packed rows.
+        targets: Labels that are asked for, where logits are made for them alone; else 0.
+    """
+
+    inputs: int
+    labels: int
+    masked: bool
+    targets: int
+
+    def within(self, other: Size) -> bool:
+        """Whether the other is at least as large in all."""
+        return all(x <= y for x, y in zip(self, other, strict=True))
+
+
+def updates_shown(
+    recipe: Recipe, data: Data, names: Sequence[str], only_targets: bool = False, few: bool = False
+) -> list[Shown]:
+    """The first two updates, which have the longest rows; before the second those that are larger
+    than it in something else; and where blocks rotate, two of the period that reaches lowest,
+    which keeps most for backward.
 
     Args:
         names: Of all blocks.
+        only_targets: Logits are made for targets alone.
+        few: Only what the first two and the lowest period tell.
     """
+    larger = [] if few else _larger(recipe, data, only_targets)
+    shown = [Shown(0, 0), *(Shown(1, update) for update in larger), Shown(1, 1)]
     freezing, updates = recipe.freezing, updates_of(recipe, len(data.train))
     if not isinstance(freezing, Rotating):
-        return [0, 1]
+        return shown
     lowest, worst = len(names), 0
     for turn in range(-(-updates // freezing.period)):
         place = min(map(names.index, freezing.active(names, turn)))
@@ -36,16 +77,48 @@ def updates_shown(recipe: Recipe, data: Data, names: Sequence[str]) -> list[int]
         if place == 0:
             break
     first = worst * freezing.period
-    more = {first, first + 1} if freezing.period > 1 else {first}
-    return sorted({0, 1} | {update for update in more if update < updates})
+    if first == 1 or (first == 0 and freezing.period > 1):
+        return shown
+    more = [first, first + 1] if freezing.period > 1 and first + 1 < updates else [first]
+    again = [Shown(first, update) for update in larger]
+    return [*shown, Shown(more[0], 1), *again, *(Shown(turn, 1) for turn in more[1:])]
 
 
-def parts_played(recipe: Recipe, names: Sequence[str], shown: Sequence[int]) -> dict[str, Any]:
+def _larger(recipe: Recipe, data: Data, only_targets: bool) -> list[int]:
+    """Updates after the first with a micro-batch that is largest in something, and larger in it
+    than those of the second update."""
+    order, updates = _order(recipe, data)
+    batching, size = batching_of(recipe), recipe.loop.micro_batch_size
+    packed = "packed" in {one for lever in recipe.levers for one in lever.brought()}
+    counts = [sum(label != IGNORED for label in row.labels) for row in data.train]
+    place = {id(row): number for number, row in enumerate(data.train)}
+
+    def sizes(update: int) -> Iterator[Size]:
+        for group in batching.group([data.train[i] for i in order.rows(update)], size):
+            lengths = [row.length for row in group]
+            inputs, alike = batching.tokens(lengths), [len(r.labels) for r in group] == lengths
+            labels = inputs if alike else len(group) * max(len(row.labels) for row in group)
+            masked = len(group) > 1 if packed else inputs > sum(lengths)
+            asked = sum(counts[place[id(row)]] for row in group) if only_targets else 0
+            yield Size(inputs, labels, masked, asked)
+
+    seen = set(sizes(min(1, updates - 1)))
+    there = {one: update for update in range(updates - 1, 0, -1) for one in sizes(update)}
+    found: list[int] = []
+    for what in range(len(Size._fields)):
+        largest = max(there, key=lambda one: (one[what], one), default=None)
+        if largest is not None and not any(largest.within(one) for one in seen):
+            found.append(there[largest])
+            seen |= set(sizes(there[largest]))
+    return found
+
+
+def parts_played(recipe: Recipe, names: Sequence[str], shown: Sequence[Shown]) -> dict[str, Any]:
     """Whether each block trains in each of some updates; nothing where blocks do not rotate."""
     freezing = recipe.freezing
     if not isinstance(freezing, Rotating):
         return {}
-    sets = [freezing.active(names, update // freezing.period) for update in shown]
+    sets = [freezing.active(names, one.turn // freezing.period) for one in shown]
     return {name: tuple(name in one for one in sets) for name in names}
 
 
@@ -60,20 +133,18 @@ def telling(
 ) -> set[int]:
     """The first micro-batch, which meets no gradients, and the largest of those that do.
 
-    Largest are those that no other one matches in tokens, in having padding, which needs a mask,
-    and in targets: any of the three may decide.
+    Largest are those that no other one matches in size.
 
     Args:
         objective: Counts the targets, where logits are made for them alone.
         last_differs: The engine treats the last micro-batch otherwise.
     """
-    sizes = [(elements(b), _padded(b), objective.targets(b) if objective else 0) for b in batches]
+    sizes = [_size(b, objective) for b in batches]
     rest = range(1, len(batches))
 
     def matched(one: int) -> bool:
         return any(
-            all(x >= y for x, y in zip(sizes[other], sizes[one], strict=True))
-            and (sizes[other] != sizes[one] or other < one)
+            sizes[one].within(sizes[other]) and (sizes[other] != sizes[one] or other < one)
             for other in rest
         )
 
@@ -81,8 +152,12 @@ def telling(
     return {0, *last, *(i for i in rest if not matched(i))}
 
 
-def _padded(batch: Batch) -> bool:
-    return real_tokens(batch) < all_tokens(batch)
+def _size(batch: Batch, objective: Objective | None) -> Size:
+    masked = real_tokens(batch) < all_tokens(batch)
+    if "position_ids" in batch:  # of packed rows, each of which begins at 0
+        masked = int((batch["position_ids"] == 0).sum()) > 1
+    targets = objective.targets(batch) if objective else 0
+    return Size(all_tokens(batch), batch["labels"].numel(), masked, targets)
 
 
 def elements(batch: Batch) -> int:
@@ -91,16 +166,18 @@ def elements(batch: Batch) -> int:
 
 
 def usual_work(recipe: Recipe, data: Data) -> tuple[float, float]:
-    """Padded and real tokens of an update, the mean over some of them."""
+    """Padded and real tokens of an update, the mean over some of them; rows that were encoded for
+    another recipe count as far as this one's length allows."""
     order, updates = _order(recipe, data)
     batching, size = batching_of(recipe), recipe.loop.micro_batch_size
+    most = recipe.loop.max_length
     chosen = range(0, updates, max(1, updates // USUAL_UPDATES))
     padded = real = 0
     for update in chosen:
         rows = [data.train[i] for i in order.rows(update)]
-        real += sum(row.length for row in rows)
+        real += sum(min(row.length, most) for row in rows)
         for group in batching.group(rows, size):
-            padded += batching.tokens([row.length for row in group])
+            padded += batching.tokens([min(row.length, most) for row in group])
     return padded / len(chosen), real / len(chosen)
 
 

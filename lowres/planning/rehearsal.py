@@ -1,4 +1,4 @@
-"""A recipe's own run on fake tensors: load, two updates, an evaluation batch, save, resume.
+"""A recipe's own run on fake tensors: load, a few updates, an evaluation batch, save, resume.
 
 It goes through the functions that the real run goes through (`build.assemble`, the learner, the
 engine, `make_gradients`, the objective's `predict`); only the weights are missing, and the
@@ -55,6 +55,7 @@ class Rehearsal:
         repeats: Padded tokens of an average update over those of the traced micro-batches.
         loads_on_device: The weights are made on the compute device, not moved there afterwards.
         largest_bytes: Of the largest parameter as it is read, which the host holds meanwhile.
+        updates: Whose rows were taken.
     """
 
     load: Trace
@@ -70,6 +71,7 @@ class Rehearsal:
     repeats: float
     loads_on_device: bool
     largest_bytes: int
+    updates: list[int]
 
 
 def rehearse(
@@ -116,26 +118,24 @@ def rehearse(
             return stage.play()
 
 
-def rehearse_quickly(recipe: Recipe, inputs: build.Inputs, target: Target) -> Rehearsal:
+def rehearse_quickly(
+    recipe: Recipe, inputs: build.Inputs, target: Target, processes: int = 1
+) -> Rehearsal:
     """The `quick` rehearsal, of every block where those built alike behave differently."""
+    play = functools.partial(rehearse, recipe, inputs, target, quick=True, processes=processes)
     try:
-        return rehearse(recipe, inputs, target, quick=True)
+        return play()
     except DoesNotRepeat:
-        return rehearse(recipe, inputs, target, quick=True, whole=True)
+        return play(whole=True)
 
 
 class _Stage:
     """One rehearsal while it goes on."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        inputs: build.Inputs,
-        accelerator: Any,
-        target: Target,
-        whole: bool,
-        quick: bool,
-    ) -> None:
+        self, recipe: Recipe, inputs: build.Inputs, accelerator: Any, target: Target,
+        whole: bool, quick: bool,
+    ) -> None:  # fmt: skip
         self.recipe, self.inputs, self.accelerator = recipe, inputs, accelerator
         self.target, self.whole, self.quick = target, whole, quick
         self.states_only, self.processes = False, 1
@@ -144,7 +144,7 @@ class _Stage:
         self.categories = Categories(self.tracer)
         self.runs: list[shorten.Run] = []
         self.names: tuple[str, ...] = ()
-        self.shown: list[int] = []
+        self.shown: list[portions.Shown] = []
 
     def play(self) -> Rehearsal:
         tracer = self.tracer
@@ -164,6 +164,8 @@ class _Stage:
             module, optimizer = self.accelerator.prepare(built.model, built.optimizer)
         load = tracer.start_anew()
         learner = dataclasses.replace(built.learner, module=module)
+        only_targets, data = learner.only_targets, self.inputs.data
+        self.shown = portions.updates_shown(self.recipe, data, self.names, only_targets, self.quick)
         tracer.hold(scenes.weights_of(learner))
         if self.target.kind == "cuda":  # What waits on the host was loaded there.
             self.loads_on_device &= not any(host.holds(p) for p in built.model.parameters())
@@ -174,11 +176,11 @@ class _Stage:
 
         tokens = passes = repeats = 0.0
         with self._following(learner), translating(tracer, self.target):
-            for number, update in enumerate(self.shown):
+            for number, shown in enumerate(self.shown):
                 if number < 2:
                     tracer.mark(("first_step", "steady_steps")[number])
                 with tracer:
-                    built.rotation.turn(engine.optimizer, update)
+                    built.rotation.turn(engine.optimizer, shown.turn)
                 tokens, passes, repeats = self._update(learner, engine, number)
                 self.categories.states(engine)
             tracer.mark("save")
@@ -204,6 +206,7 @@ class _Stage:
             trainable=self.trainable, total=self.total, saved_bytes=self.saved_bytes,
             tokens=tokens, passes=passes, repeats=repeats,
             loads_on_device=self.loads_on_device, largest_bytes=self.largest_bytes,
+            updates=sorted({one.rows for one in self.shown}),
         )  # fmt: skip
 
     def _adapted(self, learner: Learner) -> None:
@@ -222,7 +225,7 @@ class _Stage:
 
     def _choose(self, learner: Learner) -> Blocks:
         recipe, names = self.recipe, learner.blocks.names
-        self.shown = portions.updates_shown(recipe, self.inputs.data, names)
+        self.shown = portions.updates_shown(recipe, self.inputs.data, names, few=True)
         if not isinstance(recipe.freezing, Scored):
             return recipe.freezing.blocks(learner, build.sample_of(recipe, self.inputs))
         self._look(recipe.freezing.scores, learner)
@@ -257,7 +260,7 @@ class _Stage:
         recipe, tracer = self.recipe, self.tracer
         last, total = step == len(self.shown) - 1, updates_of(recipe, len(self.inputs.data.train))
         learner.base.train()
-        rows = portions.rows_of(recipe, self.inputs.data, step)
+        rows = portions.rows_of(recipe, self.inputs.data, self.shown[step].rows)
         rows = rows[: -(-len(rows) // self.processes)]
         with tracer:
             tracer.enter("forward")
@@ -265,8 +268,7 @@ class _Stage:
             with self.target.on_host(tracer):
                 batches = micro_batches(recipe, learner, rows, recipe.loop.micro_batch_size)
             counts = recipe.objective if learner.only_targets else None
-            differs = getattr(engine, "last_differs", False)
-            only = portions.telling(batches, counts, differs)
+            only = portions.telling(batches, counts, getattr(engine, "last_differs", False))
             engine.begin(1.0)
             quick = self.quick and engine.keeps_gradients
             if quick and (not last or self.states_only):

@@ -246,7 +246,7 @@ def _score_of(record: RunRecord) -> tuple[tuple[Any, ...], Setting, RunScore] | 
     score = scores[0]
     asks: TaskKind = "classification" if cls.asks == "label" else "generation"
     key = (recipe["model"]["checkpoint"], name, score.split, score.metric, trained, asks,
-           cls.higher_is_better)  # fmt: skip
+           cls.metric not in cls.lower_is_better)  # fmt: skip
     setting = {k: v for k, v in recipe.items() if k not in ("loop", "budget", "schema")}
     loop = {k: v for k, v in recipe["loop"].items() if k != "seed"}
     return (

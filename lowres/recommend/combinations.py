@@ -14,6 +14,8 @@ from lowres.core.recipe import Recipe
 
 ROWS = (1, 2, 4, 8, 16)
 LENGTHS = (128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)
+LONG = (6144, 8192, 12288, 16384, 24576, 32768)
+"""Further lengths, searched where the longest rows are asked for."""
 LORA: tuple[dict[str, Any], ...] = (
     # Adapting every linear layer came closest to full fine-tuning in QLoRA (section 4 of
     # https://arxiv.org/abs/2305.14314), so it is preferred where no record tells.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
@@ -11,9 +12,10 @@ from lowres.core.plan import Card, Change, MemoryPlan
 from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
 from lowres.core.units import GIB
-from lowres.making.data import updates_of
+from lowres.making.data import Data, updates_of
 from lowres.memory.catalogue import Device
-from lowres.planning.plan import plan
+from lowres.planning.plan import host_limit, plan
+from lowres.planning.portions import usual_work
 from lowres.recommend.combinations import LENGTHS
 from lowres.recommend.ranking import Choice, Goal, needed, rank
 
@@ -47,7 +49,7 @@ def wanted_length(wanted: int, found: Sequence[Choice], notes: list[str]) -> int
 
 
 def in_time(
-    pool: list[Choice], rows: Sequence[Row] | None, minutes: float, notes: list[str]
+    pool: list[Choice], data: Data | None, minutes: float, notes: list[str]
 ) -> list[Choice]:
     """Those that train within the minutes, where the number of updates and their time are known.
 
@@ -55,18 +57,25 @@ def in_time(
         InputError: Where none does.
     """
     timed = [c for c in pool if c.candidate.seconds is not None]
-    if rows is None or not timed:
-        missing = "the data are not at hand" if rows is None else "the card's rates are not known"
+    if data is None or not timed:
+        missing = "the data are not at hand" if data is None else "the card's rates are not known"
         notes.append(f"--minutes is written into the recipe alone: {missing}, so no time is known")
         return pool
 
     def needed_minutes(choice: Choice) -> float:
-        updates = updates_of(choice.combination.recipe, len(rows))
-        return (choice.candidate.seconds or 0.0) * updates / 60
+        # Its time is that of an update whose rows are all as long as allowed.
+        recipe = choice.combination.recipe
+        sized = dataclasses.replace(
+            recipe.loop, max_length=choice.length, micro_batch_size=choice.rows
+        )
+        usual, _ = usual_work(dataclasses.replace(recipe, loop=sized), data)
+        share = usual / (recipe.loop.global_batch_size * choice.length)
+        return (choice.candidate.seconds or 0.0) * share * updates_of(recipe, len(data.train)) / 60
 
-    least = min(needed_minutes(c) for c in timed)
-    kept = [c for c in timed if needed_minutes(c) <= minutes]
+    told = {id(c): needed_minutes(c) for c in timed}
+    kept = [c for c in timed if told[id(c)] <= minutes]
     if not kept:
+        least = min(told.values())
         text = f"{minutes:g} minutes are too few; the fastest recipe is planned to take {least:.0f}"
         raise InputError("the search", [Problem("--minutes", text)])
     return kept
@@ -75,9 +84,13 @@ def in_time(
 def choose(
     pool: Sequence[Choice], device: Device, card: Card, goal: Goal, notes: list[str]
 ) -> tuple[Choice | None, MemoryPlan | None]:
-    """The best by the closed form that the full plan confirms, at the top of its band, too."""
-    fitting = sorted((c for c in pool if c.candidate.fits), key=lambda c: rank(c, goal))
-    smallest = min(fitting, key=needed, default=None)
+    """The best by the closed form that the full plan confirms, at the top of its band, too. What
+    keeps more in host memory than there is comes last."""
+    limit = host_limit(pool[0].combination.recipe, device)
+    host_bytes = math.inf if limit is None else limit[0]
+    fitting = [c for c in pool if c.candidate.fits]
+    fitting.sort(key=lambda c: (c.host_bytes > host_bytes, *rank(c, goal)))
+    smallest = min(fitting, key=lambda c: (c.host_bytes > host_bytes, needed(c)), default=None)
     most, tried = math.inf, 0
     for choice in fitting:
         promised = needed(choice)

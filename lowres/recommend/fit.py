@@ -23,11 +23,11 @@ from lowres.memory.closed_form import ClosedForm, probe_lengths
 from lowres.memory.extend import DoesNotRepeat
 from lowres.memory.trace import Trace
 from lowres.planning import assumed
-from lowres.planning.plan import rates_of, room_of, target_of
+from lowres.planning.plan import rates_of, room_of, target_of, waiting_bytes
 from lowres.planning.rehearsal import rehearse
 from lowres.planning.starting import starting_recipe
 from lowres.recommend import planned_quality
-from lowres.recommend.combinations import LENGTHS, ROWS, Combination, combinations, stages
+from lowres.recommend.combinations import LENGTHS, LONG, ROWS, Combination, combinations, stages
 from lowres.recommend.confirming import choose, in_time, instead, wanted_length, whole_length
 from lowres.recommend.ranking import Choice, Goal, front, needed
 
@@ -61,6 +61,7 @@ def fit(
         InputError: For a model, task or card that cannot be searched for.
     """
     started = time.monotonic()
+    device, _ = devices.stored(device)
     start = starting_recipe(model, task)
     start["budget"] = {
         key: value for key, value in (("device_gib", device_gib), ("host_gib", host_gib),
@@ -72,28 +73,34 @@ def fit(
         text = f"'{model}' reads images, whose length is not to be chosen; use lowres plan"
         raise InputError("the model", [text])
     blocks = int(config.get_text_config().num_hidden_layers)
-    longest = longest_row(config, load_recipe(start))
+    most = LONG[-1] if goal == "context" else LENGTHS[-1]
+    longest = longest_row(config, load_recipe(start), most)
     probe = _probe(config, longest)
     training, shapes = assumed.inputs_for(load_recipe(start, [f"loop.max_length={longest}"]))
-    rows = None if shapes.startswith("assumed") else training.data.train
-    whole = max((n for n in LENGTHS if n <= longest), default=longest)
+    data = None if shapes.startswith("assumed") else training.data
+    whole = max((n for n in LENGTHS + LONG if n <= longest), default=longest)
     if goal != "context":
-        whole = min(whole, whole_length(rows, longest))
+        whole = min(whole, whole_length(None if data is None else data.train, longest))
     found: list[Choice] = []
     notes: list[str] = []
+    *_, last = stages()
     for stage in stages():
         weigh = functools.partial(_weigh, device, card, probe, longest, evidence, {})
         found += _search(combinations(start, blocks, stage), weigh, notes)
         room = card.offered_bytes - device.context_band_bytes
-        if any(needed(c) <= room and c.length >= whole for c in found):
+        if stage != last and not any(needed(c) <= room and c.length >= whole for c in found):
+            continue
+        if not found:
+            raise InputError("the search", [*notes[:3], "no recipe of this model could be planned"])
+        wanted = wanted_length(whole, found, notes)
+        pool = [c for c in found if goal == "context" or c.length == wanted]
+        if minutes is not None:
+            pool = in_time(pool, data, minutes, notes)
+        chosen, plan_ = choose(pool, device, card, goal, notes)
+        if chosen is not None:
             break  # What the next stages bring in costs time and is not needed.
-    if not found:
-        raise InputError("the search", [*notes[:3], "no recipe of this model could be planned"])
-    wanted = wanted_length(whole, found, notes)
-    pool = [c for c in found if goal == "context" or c.length == wanted]
-    if minutes is not None:
-        pool = in_time(pool, rows, minutes, notes)
-    chosen, plan_ = choose(pool, device, card, goal, notes)
+    if chosen is not None and chosen.length == LONG[-1]:
+        notes.append(f"rows of more than {LONG[-1]} tokens are not searched")
     shown = front(found, wanted, goal)
     if chosen is not None and chosen not in shown:
         shown.append(chosen)
@@ -141,12 +148,13 @@ def _search(
     return found
 
 
-def longest_row(config: Any, recipe: Recipe) -> int:
-    """Tokens of the longest row that the model's positions allow, generated ones left aside."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTHS[-1]
+def longest_row(config: Any, recipe: Recipe, most: int = LENGTHS[-1]) -> int:
+    """Tokens of the longest row that the model's positions allow, generated ones left aside; at
+    most so many."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or most
     length = recipe.loop.max_length
     generated = recipe.objective.longest(recipe.task, length, kind_of(config)) - length
-    return min(int(limit) - generated - recipe.method.positions(), LENGTHS[-1])
+    return min(int(limit) - generated - recipe.method.positions(), most)
 
 
 def _probe(config: Any, longest: int) -> int:
@@ -188,7 +196,8 @@ def _weigh(
     told = combination.settings
     key = (told["method"], told["levers"], told["freezing"])
     again = key in bases
-    trace = rehearse(sized, inputs, target_of(device), quick=True, states_only=again).trace
+    done = rehearse(sized, inputs, target_of(device), quick=True, states_only=again)
+    trace = done.trace
     if again:
         form = bases[key][0].with_optimizer(bases[key][1], trace)
     else:
@@ -197,7 +206,7 @@ def _weigh(
     rates = rates_of(device)
     updates_rows = combination.recipe.loop.global_batch_size
     quality, basis = planned_quality.of(combination.recipe, evidence)
-    for length in LENGTHS:
+    for length in LENGTHS + LONG:
         if length > longest:
             continue
         for rows in ROWS:
@@ -223,6 +232,7 @@ def _weigh(
                 combination,
                 rows,
                 length,
+                waiting_bytes(done),
             )
 
 

@@ -19,19 +19,25 @@ BEYOND = 3
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A candidate with what it was made from."""
+    """A candidate with what it was made from.
+
+    Args:
+        host_bytes: That it keeps in host memory, at the least.
+    """
 
     candidate: Candidate
     combination: Combination
     rows: int
     length: int
+    host_bytes: int = 0
 
 
 def rank(choice: Choice, goal: Goal) -> tuple[float, ...]:
     c = choice.candidate
     pace = -(c.tokens_per_second or 0.0)
     worse = len(c.lossy)
-    sign = -1.0 if choice.combination.recipe.task.higher_is_better else 1.0
+    task = choice.combination.recipe.task
+    sign = 1.0 if task.metric in task.lower_is_better else -1.0
     # What no record tells comes after all that one does.
     known = math.inf if c.quality is None else sign * c.quality
     if goal == "speed":

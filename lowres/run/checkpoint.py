@@ -10,17 +10,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from lowres.bridges import accelerate
+from lowres.bridges import accelerate, bases, peft
 from lowres.core.errors import InputError, LowresError
+from lowres.core.example import Row
+from lowres.core.learner import Learner
+from lowres.core.recipe import Recipe
 from lowres.core.record import Event
 from lowres.core.units import MIB, format_bytes
+from lowres.making.data import digest_of_rows
 from lowres.run.out_of_memory import is_out_of_memory
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -40,6 +44,8 @@ class Progress:
         train_seconds: Spent in updates, over all parts of a run that was resumed.
         chosen: Blocks that a freezing chose by looking at data, which need not choose them again.
         entries: How many entries of each module a method chose so; which, its adapter knows.
+        rows: Digest of the training rows.
+        base: Digest of the checkpoint that the run began from, where its files are at hand.
     """
 
     step: int
@@ -53,6 +59,20 @@ class Progress:
     events: list[Event] = field(default_factory=list)
     chosen: list[str] | None = None
     entries: dict[str, int] | None = None
+    rows: str | None = None
+    base: str | None = None
+
+
+def none_done(recipe: Recipe, learner: Learner, rows: Sequence[Row]) -> Progress:
+    """Of a run that begins."""
+    return Progress(
+        step=0,
+        digest=recipe.digest,
+        recipe=recipe.resolved(),
+        micro_batch_size=recipe.loop.micro_batch_size,
+        rows=digest_of_rows(rows),
+        base=bases.digest_of(peft.unwrap_adapted(learner.base)),
+    )
 
 
 def save(accelerator: Any, output: Path, progress: Progress, keep: int) -> int:
@@ -202,6 +222,18 @@ def progress_of(folder: Path, digest: str, recipe: dict[str, Any]) -> Progress:
             [*differs, "it belongs to another recipe; resume with that one, or start anew"],
         )
     return progress
+
+
+def stop_at_others(folder: Path, there: Progress, here: Progress) -> None:
+    """Raise InputError where a run that is to go on reads other rows or weights than before."""
+    changed = []
+    if there.rows not in (None, here.rows):
+        changed.append("the training rows are not those that it was trained on")
+    if None not in (there.base, here.base) and there.base != here.base:
+        changed.append("the weights of model.checkpoint are not those that it began from")
+    if changed:
+        text = "bring back the files that were there, or start anew, in another folder"
+        raise InputError(f"'{folder}'", [*changed, text])
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -32,6 +32,7 @@ def evaluate(
     step: int,
     output: Path,
     held: Callable[[], Iterable[torch.Tensor]],
+    micro_batch_size: int,
 ) -> list[Score]:
     """Score the splits that the recipe names.
 
@@ -39,14 +40,16 @@ def evaluate(
         step: Updates made so far; stands in each score and file name.
         output: Predictions go to `<output>/predictions/<split>-<step>.jsonl`.
         held: Tensors alive before, for the memory probe on the longest batch.
+        micro_batch_size: In use; as many rows are scored at once where the recipe does not say.
     """
     # Data-parallel wrappers synchronise buffers in forward, and processes may have different
     # numbers of batches: evaluation asks the model itself.
     learner = dataclasses.replace(learner, module=learner.base)
     learner.base.eval()
+    size = recipe.loop.eval_batch_size or micro_batch_size
     scores = []
     for split, (examples, rows) in data.evaluation.items():
-        predictions = _predict(recipe, learner, rows, accelerator, meter, held)
+        predictions = _predict(recipe, learner, rows, size, accelerator, meter, held)
         file = _write(output, split, step, examples, predictions, recipe, accelerator)
         scores += _score(recipe, split, step, data.train_examples, examples, predictions, file)
     return scores
@@ -57,6 +60,7 @@ def _predict(
     recipe: Recipe,
     learner: Learner,
     rows: Sequence[Row],
+    size: int,
     accelerator: Any,
     meter: Meter,
     held: Callable[[], Iterable[torch.Tensor]],
@@ -64,7 +68,6 @@ def _predict(
     from lowres.bridges import accelerate, deepspeed
 
     side = recipe.objective.padding_side("predict", recipe.task, learner.kind)
-    size = recipe.loop.eval_batch_size or recipe.loop.micro_batch_size
     # Longest first: little padding, and lack of memory shows in the first batch.
     order = sorted(range(len(rows)), key=lambda i: -rows[i].length)
     batches = [order[i : i + size] for i in range(0, len(order), size)]

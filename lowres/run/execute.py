@@ -108,12 +108,15 @@ def execute(
 
         def score(step: int) -> list[Score]:
             alive = lambda: held(learner.base, engine.optimizer, recipe.method)
-            return evaluate(recipe, learner, inputs.data, accelerator, meter, step, folder, alive)
+            size = (session.progress if session else recipe.loop).micro_batch_size
+            data = inputs.data
+            return evaluate(recipe, learner, data, accelerator, meter, step, folder, alive, size)
 
         session = TrainingSession(
             recipe=recipe, learner=learner, engine=engine, data=inputs.data,
             accelerator=accelerator, meter=meter, reporter=reporter, output=folder,
             started=started, evaluate=score, resume=resumed, rotation=built.rotation,
+            largest=planned.updates if planned else (),
         )  # fmt: skip
         if resumed is None:
             for remark in remarks(recipe, built, meter.device, unplanned):
@@ -207,7 +210,8 @@ def _limit(recipe: Recipe, accelerator: Any, reporter: Reporter) -> None:
             reporter.say(
                 f"budget.device_gib {device_gib} is more than the device's {format_bytes(total)}"
             )
-        most = devices.card(devices.of_torch(accelerator.device), device_gib).available_bytes
+        device, _ = devices.stored(devices.of_torch(accelerator.device))
+        most = devices.card(device, device_gib).available_bytes
     torch.cuda.set_per_process_memory_fraction(most / total, index)
 
 
@@ -269,12 +273,12 @@ def _fill(record: RunRecord, session: TrainingSession | None, meter: Meter, star
         record.learning_rates = session.progress.learning_rates
         record.scores = session.scores
         record.events = session.progress.events
-        record.measured.step_time = session.step_time()
+        record.measured.step_time = session.measuring.step_time()
         record.measured.checkpoint_bytes = session.checkpoint_bytes
         record.measured.train_seconds = session.progress.train_seconds
     with contextlib.suppress(Exception):  # A device that failed fails again when it is asked.
         if session is not None:
-            session.close()
+            session.measuring.close()
         record.measured.allocator_retries = meter.allocator_retries()
     if record.error:
         record.events.append(Event(len(record.losses), record.outcome, record.error))

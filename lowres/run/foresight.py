@@ -60,7 +60,7 @@ def _refuse(
     recipe: Recipe, device: Device, found: MemoryPlan, own_bytes: int, reporter: Reporter
 ) -> DoesNotFit:
     """Weigh what would help, unless nothing can: not even the process as it is has room."""
-    limit = host_limit(recipe, device)
+    limit = host_limit(recipe, device, found.processes)
     if limit is not None and own_bytes > limit[0]:
         enough = math.ceil(found.host_needed_bytes / GIB * 100) / 100
         return DoesNotFit(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from lowres.core.example import Row
 from lowres.core.learner import Learner
 from lowres.core.parts import values
 from lowres.core.recipe import Recipe
-from lowres.core.record import Event, Score, StepTime
+from lowres.core.record import Event, Score
 from lowres.core.rotation import Rotation
 from lowres.making import choices
 from lowres.making.data import Data, Order, updates_of
@@ -30,14 +28,10 @@ from lowres.run import checkpoint
 from lowres.run.checkpoint import Progress
 from lowres.run.guards import Guards
 from lowres.run.limits import Limits
+from lowres.run.measuring import Measuring
 from lowres.run.out_of_memory import is_out_of_memory
 from lowres.run.output import Losses
 from lowres.run.progress import Reporter
-
-PROBED_UPDATES = 2
-"""The first update and the first with optimizer states: on CPU their live bytes are counted."""
-WARM_UP_UPDATES = 1
-"""Updates after the probes that are not timed."""
 
 
 class TrainingSession:
@@ -49,6 +43,7 @@ class TrainingSession:
         started: `time.monotonic()` at the start of the run, for the time budget.
         resume: Where the checkpoint to go on from lies, with its progress; None to begin.
         rotation: Sets what trains in each update.
+        largest: Updates whose memory is looked at beside that of the first two.
     """
 
     def __init__(
@@ -66,6 +61,7 @@ class TrainingSession:
         evaluate: Callable[[int], list[Score]],
         resume: tuple[Path, Progress] | None,
         rotation: Rotation,
+        largest: Container[int],
     ) -> None:
         self.recipe, self.learner, self.engine, self.data = recipe, learner, engine, data
         self.accelerator, self.meter, self.reporter = accelerator, meter, reporter
@@ -73,23 +69,21 @@ class TrainingSession:
         self._rotation = rotation
         self.total = updates_of(recipe, len(data.train))
         loop = recipe.loop
-        self._order = Order(
-            [row.length for row in data.train], loop.global_batch_size, self.total, loop.seed
-        )
+        lengths = [row.length for row in data.train]
+        self._order = Order(lengths, loop.global_batch_size, self.total, loop.seed)
         self._warmup = round(loop.warmup_ratio * self.total)
         self.scores: list[Score] = []
-        self.progress = Progress(0, recipe.digest, recipe.resolved(), loop.micro_batch_size)
+        self.progress = checkpoint.none_done(recipe, learner, data.train)
         self.progress.chosen, self.progress.entries = choices.made(recipe, learner)
         if resume is not None:
-            folder, self.progress = resume
+            folder, there = resume
+            checkpoint.stop_at_others(folder, there, self.progress)
+            self.progress = there
             self.scores = [Score(**s) for s in self.progress.scores]
-            smaller = min(self.progress.micro_batch_size, loop.micro_batch_size)
-            self.progress.micro_batch_size = smaller
+            self.progress.micro_batch_size = min(there.micro_batch_size, loop.micro_batch_size)
             checkpoint.load(accelerator, folder)
         self._losses = Losses(output, accelerator.is_main_process, self.progress)
-        self._made_here = 0
-        self._timed: list[tuple[float, float]] = []
-        self._steady: contextlib.ExitStack | None = None
+        self.measuring = Measuring(meter, self.held, largest)
         self._limits = Limits(recipe.budget, output, started, reporter)
         # Not read off `base.training`: PEFT's wrapper says True around a model that was loaded in
         # evaluation mode.
@@ -104,8 +98,8 @@ class TrainingSession:
         with self._limits.stopping_between_updates():
             for step in range(self.progress.step, self.total):
                 yield step, [self.data.train[i] for i in self._order.rows(step)]
-        self.close()
-        if self.recipe.loop.save_every is not None and self._made_here:
+        self.measuring.close()
+        if self.recipe.loop.save_every is not None and self.measuring.made:
             self._save()
 
     def update(self, step: int, rows: Sequence[Row]) -> float:
@@ -114,7 +108,7 @@ class TrainingSession:
             self.learner.base.train()
             self._in_training_mode = True
         start = time.perf_counter()
-        with self._measured():
+        with self.measuring.update(step):
             self._rotation.turn(self.engine.optimizer, step)
             recipe.method.before_update(self.learner.base, step, self.total)
             factor = schedule.factor(recipe.loop.schedule, step, self.total, self._warmup)
@@ -140,9 +134,7 @@ class TrainingSession:
         self.guards.updated(skipped)
         recipe.method.after_update(self.learner.base, step, self.total)
         self.progress.train_seconds += seconds
-        self._made_here += 1
-        if self._made_here > PROBED_UPDATES + WARM_UP_UPDATES:
-            self._timed.append((seconds, tokens))
+        self.measuring.took(step, seconds, tokens)
         rate = self.engine.optimizer.param_groups[0]["lr"]
         self.progress.step = step + 1
         self.progress.losses.append(loss)
@@ -164,7 +156,7 @@ class TrainingSession:
 
     def evaluate(self) -> None:
         """Score now; the scores are kept and shown."""
-        self.close()
+        self.measuring.close()
         self._in_training_mode = False
         found = self._evaluate(self.progress.step)
         self.scores += found
@@ -176,43 +168,9 @@ class TrainingSession:
         self.progress.events.append(Event(self.progress.step, kind, text + ", ".join(names)))
         self.reporter.say(text + errors.some(names))
 
-    def step_time(self) -> StepTime | None:
-        """Percentiles over the timed updates; None when there were fewer than two."""
-        if len(self._timed) < 2:
-            return None
-        seconds = [s for s, _ in self._timed]
-        cuts = statistics.quantiles(seconds, n=10, method="inclusive")
-        return StepTime(
-            n=len(seconds),
-            p20_seconds=cuts[1],
-            p50_seconds=statistics.median(seconds),
-            p80_seconds=cuts[7],
-            tokens_per_second=sum(t for _, t in self._timed) / sum(seconds),
-        )
-
-    def close(self) -> None:
-        """End the measurement of steady steps (it goes on with the next update)."""
-        if self._steady is not None:
-            self._steady.close()
-            self._steady = None
-
     def held(self) -> Iterable[torch.Tensor]:
         """The tensors that are alive between updates."""
         return held(self.learner.base, self.engine.optimizer, self.recipe.method)
-
-    @contextlib.contextmanager
-    def _measured(self) -> Iterator[None]:
-        if self._made_here == 0:
-            with self.meter.phase("first_step", self.held):
-                yield
-        elif self._made_here < PROBED_UPDATES:
-            with self.meter.phase("steady_steps", self.held):
-                yield
-        else:
-            if self._steady is None:
-                self._steady = contextlib.ExitStack()
-                self._steady.enter_context(self.meter.phase("steady_steps"))
-            yield
 
     def _gradients(self, step: int, rows: Sequence[Row]) -> tuple[float, float, float]:
         """Make the gradients of the mean loss; returns the loss sum, targets and tokens."""
@@ -288,7 +246,7 @@ class TrainingSession:
             raise self._limits.error(exceeded, self.progress.step, self.total)
 
     def _save(self) -> None:
-        self.close()
+        self.measuring.close()
         with self.meter.phase("save"):
             self.checkpoint_bytes = checkpoint.save(
                 self.accelerator, self.output, self.progress, self.recipe.loop.keep_checkpoints

@@ -31,10 +31,10 @@ class Text(Task):
         valid_files: Text to be scored.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     asks: ClassVar[Asks] = "likelihood"
     metric: ClassVar[str] = "perplexity"
-    higher_is_better: ClassVar[bool] = False
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"perplexity", "bits_per_character"})
     sample_fields: ClassVar[Mapping[str, Any]] = {
         "files": ("pretrain/books_valid.txt.xz",),
         "valid_files": ("pretrain/tinyshakespeare.txt.gz",),
@@ -60,15 +60,18 @@ class Text(Task):
     def score(
         self, examples: Sequence[Example], predictions: Sequence[Prediction]
     ) -> Mapping[str, Metric]:
-        """Each prediction is a window's (negative log-likelihood, tokens)."""
-        windows = [cast("tuple[float, int]", p.value) for p in predictions]
-        nll = sum(n for n, _ in windows)
-        tokens = sum(t for _, t in windows)
+        """Each prediction is a window's (negative log-likelihood, targets, tokens)."""
+        windows = [cast("tuple[float, int, int]", p.value) for p in predictions]
+        nll = sum(n for n, _, _ in windows)
+        targets = sum(t for _, t, _ in windows)
         characters = sum(len(e.text) for e in examples)
-        mean = nll / tokens
+        mean = nll / targets
         # Ratio estimate over windows: residuals of each window against the common mean.
-        spread = sum((n - mean * t) ** 2 for n, t in windows)
-        stderr = math.sqrt(spread * len(windows) / max(1, len(windows) - 1)) / tokens
+        spread = sum((n - mean * t) ** 2 for n, t, _ in windows)
+        stderr = math.sqrt(spread * len(windows) / max(1, len(windows) - 1)) / targets
+        # Tokens that are read alone, an encoder's or the first of a window, stand for characters
+        # too: what is scored is taken for as many characters a token as all of them.
+        tokens = sum(count for _, _, count in windows)
         per_character = tokens / characters / math.log(2)
         perplexity = math.exp(mean) if mean < _LARGEST else math.inf
         return {

@@ -98,6 +98,29 @@ def test_of_what_scores_alike_the_smallest_is_taken(
     assert found == taken
 
 
+def test_a_search_knows_which_way_a_metric_of_its_own_goes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Closed form: fewer bits for a character are better, though it is not the task's metric."""
+    bits = {1.0: 2.0, 2.0: 1.0, 4.0: 3.0}
+
+    def one(recipe: str, changes: Any, *_: Any) -> Any:
+        rate = float(changes[-1].partition("=")[2])
+        score = Score("held_out", "bits_per_character", bits[rate], 0.0, 50, None, 1)
+        return type("Record", (), {"final_scores": staticmethod(lambda: [score])})
+
+    monkeypatch.setattr(suite_module, "_one", one)
+    search = suite_module.load(written(tmp_path)).search
+    assert search is not None
+    search = replace(search, metric="bits_per_character")
+    recipe = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    text = ["task={name: text, files: [a.txt]}", "objective=next_token"]
+    found = suite_module._searched(
+        search, "lora", recipe, text, list(bits), tmp_path, tmp_path, lambda _: None
+    )
+    assert found == 2.0
+
+
 @pytest.mark.parametrize(
     ("scores", "taken"),
     [({1.0: 0.70, 4.0: 0.69}, 4.0), ({1.0: 0.75, 4.0: 0.69}, 1.0), ({1.0: 0.70, 2.0: 0.7}, 1.0)],

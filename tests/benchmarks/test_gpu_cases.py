@@ -15,7 +15,7 @@ from benchmarks.gpu.jobs import Job, Suite, cases_of
 from benchmarks.gpu.part import ROOT
 from benchmarks.gpu.recipes import Case
 from lowres.core.record import RunRecord, from_file
-from lowres.run.session import PROBED_UPDATES, WARM_UP_UPDATES
+from lowres.run.measuring import PROBED_UPDATES, WARM_UP_UPDATES
 
 ON_A_CPU = "and this run is on 'cpu'"
 """In the words of what is refused here and runs on a GPU."""

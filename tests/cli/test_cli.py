@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from lowres.cli import main
 from lowres.cli.main import COMMANDS
+from lowres.core import errors
 from tests.conftest import ROOT
 
 
@@ -157,6 +159,35 @@ def test_wrong_input_exits_2_with_one_message(command: Callable[..., Any], in_fo
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert "`model` (line 1): is 3; give a mapping of its fields" in done.stderr
     assert not (in_folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "by"),
+    [
+        (errors.DoesNotFit("too large"), 3, {"0"}),
+        (errors.OutOfMemory("ran out"), 1, {"0", "1"}),
+        (KeyboardInterrupt(), 130, {"0", "1"}),
+    ],
+)
+def test_of_several_processes_who_tells_what_went_wrong(
+    error: BaseException, code: int, by: set[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Behaviour: the first one alone, but memory may run out in any."""
+
+    def failing() -> None:
+        raise error
+
+    monkeypatch.setattr(main, "app", failing)
+    monkeypatch.setattr(sys, "argv", ["lowres"])
+    told = set()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+        assert ended.value.code == code
+        told |= {rank} if capsys.readouterr().err.startswith("lowres: ") else set()
+    assert told == by
 
 
 def test_resume_takes_an_optional_value(in_folder: Path) -> None:

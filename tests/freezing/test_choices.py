@@ -107,7 +107,7 @@ def test_the_lowest_period_is_planned(name: str, recipe: Callable[..., Any]) -> 
     names = build(one).learner.blocks.names
     shown = portions.updates_shown(one, inputs.data, names)
     lows = [min(map(names.index, one.freezing.active(names, turn))) for turn in range(10)]
-    assert lows[shown[-1] // 2] == min(lows)
+    assert lows[shown[-1].turn // 2] == min(lows)
     short, whole = (rehearse(one, inputs, Target("cpu"), whole=w) for w in (False, True))
     assert peak(short.trace.sizes) == peak(whole.trace.sizes)
 

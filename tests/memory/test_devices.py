@@ -155,7 +155,9 @@ def test_workspaces_by_architecture() -> None:
     assert devices.workspace_bytes((9, 0)) == devices.workspace_bytes((12, 0)) == 32 * MIB
 
 
-def nvml(name: str, total_mib: int, capability: tuple[int, int], cores: int) -> Any:
+def nvml(
+    name: str, total_mib: int, capability: tuple[int, int], cores: int, used_mib: int = 3
+) -> Any:
     """A driver's library that knows one card."""
 
     class Failure(Exception):
@@ -166,7 +168,7 @@ def nvml(name: str, total_mib: int, capability: tuple[int, int], cores: int) -> 
             raise Failure
         return uuid
 
-    memory = SimpleNamespace(total=(total_mib + 400) * MIB, reserved=400 * MIB)
+    memory = SimpleNamespace(total=(total_mib + 400) * MIB, reserved=400 * MIB, used=used_mib * MIB)
     return SimpleNamespace(
         NVMLError=Failure, nvmlMemory_v2=2, nvmlInit=lambda: None, nvmlShutdown=lambda: None,
         nvmlDeviceGetHandleByIndex=lambda index: "GPU-1", nvmlDeviceGetHandleByUUID=by_uuid,
@@ -193,6 +195,24 @@ def test_the_card_of_this_machine_has_its_real_memory(monkeypatch: pytest.Monkey
     for visible, found in (("GPU-1", True), ("0,1", True), ("", False), ("-1", False)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert (devices.present() is not None) == found, visible
+
+
+def test_what_others_hold_of_the_card_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: a desktop and another program hold 1.5 GiB; a file's larger figure stays."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    offered = []
+    for used in (3, 1536):
+        driver = nvml("NVIDIA GeForce RTX 3050", 5803, (8, 6), 2304, used)
+        monkeypatch.setitem(sys.modules, "pynvml", driver)
+        card = devices.present()
+        assert card is not None
+        offered.append(devices.card(card).offered_bytes)
+    assert offered == [5800 * MIB, (5803 - 1536) * MIB]
+    own = devices.load("rtx-4090").reserved_by_system_bytes
+    driver = nvml("NVIDIA GeForce RTX 4090", 24217, (8, 9), 16384, own // MIB - 1)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    card = devices.present()
+    assert card is not None and card.reserved_by_system_bytes == own
 
 
 def test_a_calibration_is_stored_and_stands_in_for_the_file(cache: Path) -> None:

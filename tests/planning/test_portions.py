@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 import lowres
 from lowres.core.example import Batch, real_tokens
 from lowres.making import build
 from lowres.making.gradients import micro_batches
-from lowres.planning import portions
+from lowres.memory import device as devices
+from lowres.planning import plan, portions
+from lowres.planning.assumed import assumed_inputs
 
 
 def batch(*lengths: int) -> Batch:
@@ -73,3 +77,51 @@ def test_a_micro_batch_with_padding_among_full_ones_is_planned(
     for phase in ("first_step", "steady_steps"):
         planned = record.plan["phases"][phase]["live_bytes"]
         assert planned == record.measured.phases[phase].live_bytes, phase
+
+
+@pytest.mark.parametrize(
+    "kind, levers, seed",
+    [
+        ("encoder_decoder", [], 1),
+        ("decoder", ["chunked_logits"], 1),
+        ("decoder", ["sequence_packing"], 3),
+    ],
+)
+def test_updates_that_are_larger_in_something_than_those_with_the_longest_rows_are_planned(
+    kind: str, levers: list[str], seed: int, recipe: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Reference: a real run, which measures them too. The longest questions have the shortest
+    answers, and no update of them has the most tokens or targets."""
+    for split in ("train", "test"):
+        with (tmp_path / f"{split}.jsonl").open("w", encoding="utf-8") as table:
+            for i in range(32):
+                words, steps = (22, 0) if i < 2 else (1, 20) if i == 2 else (1 + i * 5 % 16, i % 3)
+                row = {"question": "the " * words, "answer": f"{'a ' * steps}#### {i}"}
+                table.write(json.dumps(row) + "\n")
+    one = recipe(
+        kind,
+        task={"name": "gsm8k", "folder": str(tmp_path), "eval_examples": 2},
+        objective={"name": "next_token", "max_new_tokens": 4},
+        levers=levers,
+        loop={"steps": 4, "max_length": 60, "seed": seed},
+    )
+    inputs = build.read(one)
+    only_targets = levers == ["chunked_logits"]
+    first, larger, second = portions.updates_shown(one, inputs.data, [], only_targets)
+    assert (first.rows, second.rows) == (0, 1) and larger.rows > 1
+    record = lowres.run(one, output_folder=tmp_path / "out", quiet=True)
+    assert record.plan is not None and record.plan["updates"] == [0, 1, larger.rows]
+    planned = record.plan["phases"]["steady_steps"]["live_bytes"]
+    assert planned == record.measured.phases["steady_steps"].live_bytes
+    monkeypatch.setattr(portions, "_larger", lambda *given: [])
+    assert plan.plan(one, devices.load("cpu")).phases["steady_steps"].live_bytes < planned
+
+
+def test_assumed_rows_ask_for_a_mask(recipe: Callable[..., Any]) -> None:
+    """Behaviour: one row of an update is a token shorter, in training and evaluation."""
+    data = assumed_inputs(recipe(objective="label_words")).data
+    longest = max(row.length for row in data.train)
+    assert [row.length for row in data.train] == [longest] * 7 + [longest - 1]
+    (_, rows), = data.evaluation.values()  # fmt: skip
+    assert sorted({row.length for row in rows}) == [longest - 1, longest]

@@ -11,7 +11,7 @@ import pytest
 from lowres.core import registry
 from lowres.core.errors import InputError
 from lowres.core.reading import load_recipe
-from lowres.core.units import GIB
+from lowres.core.units import GIB, MIB
 from lowres.memory import device as devices
 from lowres.memory.tracer import TraceFailed
 from lowres.planning import assumed
@@ -124,6 +124,9 @@ def test_what_is_planned_depends_on_no_clock(
     (where,) = ranked[3].unknown
     assert where.endswith("--device-gib 8 --set method=ia3")
     assert possible.told(ranked[1]).startswith("fits, planned: ")
+    # What the driver gives comes in segments of 2 MiB.
+    context = devices.card(DEVICE, None).context_bytes
+    assert all(((one.needed_bytes or 0) - context) % (2 * MIB) == 0 for one in ranked[1:3])
 
 
 def test_a_method_that_wants_more_blocks_than_are_made_is_not_refused(

@@ -82,3 +82,6 @@ def test_a_limit_of_the_host_is_the_budget_or_this_machine(recipe: Callable[...,
     assert host_limit(without, devices.load("t4")) is None
     limit = host_limit(without, devices.load("cpu"))
     assert limit is not None and limit[1] == "this machine has"
+    shared = host_limit(without, devices.load("cpu"), 4)
+    assert shared == (limit[0] // 4, "this machine has for each of 4 processes")
+    assert host_limit(with_budget, devices.load("cpu"), 4) == (2 * GIB, "budget.host_gib 2 allows")
