@@ -70,7 +70,7 @@ def _with_resume_value(arguments: list[str]) -> list[str]:
     that is not there is to be told as such.
     """
     out = []
-    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         recipe = Path(following).suffix in (".yaml", ".yml") or Path(following).is_file()
         named = bool(following) and not following.startswith("-") and not recipe
         out.append("--resume=latest" if word == "--resume" and not named else word)
