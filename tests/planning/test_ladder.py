@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from lowres.core.plan import Change, MemoryPlan
@@ -36,6 +38,26 @@ def test_a_line_is_what_the_full_plan_of_the_change_says(
     there = changed(recipe, line, device)
     assert line.needed_bytes == pytest.approx(there.needed_bytes, rel=0.01, abs=SEGMENTS)
     assert line.fits == there.fits
+
+
+def test_what_moves_to_the_host_is_compared_with_its_memory(
+    planned_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: states fit the card, and beside it there is room for none of them."""
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1 << 30))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    sizes = {"micro_batch_size": 1, "global_batch_size": 2, "max_length": 32}
+    small = {"vocab_size": 4000, "num_hidden_layers": 2}
+    recipe, device = planned_recipe(small, method="full", loop=sizes), devices.generic(4.0)
+    needed = plan(recipe, device).host_needed_bytes
+    name = "lever optimizer_offload"
+    for spare, fits in ((4 << 30, True), (1 << 19, False)):
+        limit = f"budget.host_gib={(needed + spare) / 2**30}"
+        limited = load_recipe(recipe.resolved(), [limit])
+        found = plan(limited, device)
+        assert found.fits and found.host_fits
+        (line,) = ladder(limited, device, found, name)
+        assert line.fits == fits
 
 
 @pytest.mark.slow

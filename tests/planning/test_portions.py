@@ -38,6 +38,9 @@ def test_the_first_the_largest_and_where_that_has_no_padding_the_largest_with_so
     assert portions.telling([batch(4, 4), batch(6, 6), batch(6, 5), batch(6, 4)]) == {0, 2}
     packed = {"input_ids": torch.zeros(1, 9), "labels": torch.zeros(1, 9)}
     assert portions.telling([packed, packed]) == {0, 1}
+    alone = packed | {"position_ids": torch.arange(9)[None]}
+    together = packed | {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])}
+    assert portions.telling([alone, alone, together]) == {0, 2}
 
 
 def test_targets_decide_where_logits_are_made_for_them_alone() -> None:
