@@ -21,8 +21,11 @@ def command(
     ] = None,
 ) -> None:
     """Print the JSON schema of a recipe. Point your editor's YAML plug-in at it."""
+    from lowres.core.paths import stop_if_unwritable
     from lowres.core.schema import json_schema
 
+    if output is not None:
+        stop_if_unwritable(output)
     text = json.dumps(json_schema(), indent=1) + "\n"
     if output is None:
         typer.echo(text, nl=False)

@@ -54,7 +54,8 @@ def _reader(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) ->
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}'", [f"cannot be read: {error}"]) from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"'{path}'", [f"cannot be read: {why}"]) from None
     try:
         node = yaml.compose(text, Loader=_Yaml)
         raw = yaml.load(text, Loader=_Yaml)  # noqa: S506  (_Yaml is a SafeLoader)

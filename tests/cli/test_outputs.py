@@ -47,6 +47,7 @@ def idle(monkeypatch: pytest.MonkeyPatch, in_folder: Path) -> Path:
         ((*PLAN, "--html", "folder.html"), "it is a folder"),
         ((*MATRIX, "--html", "nowhere/x.html"), "there is no folder 'nowhere'"),
         (("report", "mine.yaml", "--html", "nowhere/x.html"), "there is no folder 'nowhere'"),
+        (("schema", "--output", "nowhere/x.json"), "there is no folder 'nowhere'"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(
