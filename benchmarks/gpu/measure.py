@@ -45,8 +45,8 @@ from lowres.planning import portions
 from lowres.planning.plan import choose_card
 from lowres.run import environment
 from lowres.run.foresight import to_record
+from lowres.run.measuring import PROBED_UPDATES, WARM_UP_UPDATES
 from lowres.run.out_of_memory import is_out_of_memory
-from lowres.run.session import PROBED_UPDATES, WARM_UP_UPDATES
 
 SAVED_AT_MOST = 2 << 30
 """Larger models are not written: it would time the disk."""

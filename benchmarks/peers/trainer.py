@@ -25,7 +25,7 @@ from lowres.bridges import accelerate
 from lowres.core.reading import load_recipe
 from lowres.memory.live import LiveBytes, tensors_of
 from lowres.memory.meter import Meter
-from lowres.run import environment, session
+from lowres.run import environment, measuring, session
 from lowres.run.progress import Reporter
 
 RECORDS = Path(__file__).resolve().parent.parent / "records" / "peers"
@@ -45,10 +45,10 @@ class Lowres:
             recipe=recipe, learner=self.built.learner, engine=engine, data=self.built.inputs.data,
             accelerator=accelerator, meter=Meter(accelerator.device), reporter=Reporter(quiet=True),
             output=folder, started=time.monotonic(), evaluate=lambda step: [], resume=None,
-            rotation=self.built.rotation,
+            rotation=self.built.rotation, largest=(),
         )  # fmt: skip
         # Its own probes on the first updates must not fall into a timed block.
-        self.session._made_here = session.PROBED_UPDATES
+        self.session.measuring.made = measuring.PROBED_UPDATES
         self.step = 0
 
     def update(self, rows: Sequence[Any]) -> None:

@@ -177,6 +177,11 @@ class MemoryPlan:
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
+    def steady(self) -> str:
+        """Of what the curve is, in words."""
+        return "one update" if len(self.updates) <= 2 else "the updates looked at"
+
+    @property
     def peak(self) -> PhasePlan:
         return self.phases[self.peak_phase]
 

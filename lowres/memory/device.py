@@ -91,7 +91,7 @@ def card(device: Device, device_gib: float | None = None) -> Card:
         kept = device.context_bytes + (offered < total) * device.reserved_by_system_bytes
         text = (
             f"{shown} leaves nothing for tensors: on {device.name} the context takes "
-            f"{format_bytes(device.context_bytes)} and the system keeps "
+            f"{format_bytes(device.context_bytes)} and the system or others keep "
             f"{format_bytes(device.reserved_by_system_bytes)}; give more than {kept / GIB:.2f} GiB"
         )
         raise InputError("the budget", [Problem("budget.device_gib", text)])
@@ -126,25 +126,12 @@ def of_torch(device: torch.device) -> Device:
         return _apple() if device.type == "mps" else load("cpu")
     import torch
 
-    from lowres.memory.meter import process_bytes
-
     p = torch.cuda.get_device_properties(device)
     sms, uuid = p.multi_processor_count, f"GPU-{p.uuid}"
-    free, total = torch.cuda.mem_get_info(device)
-    own = process_bytes(device)
-    taken = 0 if own is None else total - free - own
-    return _real(p.name, p.total_memory, (p.major, p.minor), sms, uuid, taken)
+    return _real(p.name, p.total_memory, (p.major, p.minor), sms, uuid)
 
 
-def _real(
-    name: str, total: int, capability: tuple[int, int], sms: int, uuid: str, taken: int = 0
-) -> Device:
-    """The card with its real memory.
-
-    Args:
-        taken: Bytes that others hold now; a plan leaves them out, or what the file of the card says
-            that the system keeps, whichever is more.
-    """
+def _real(name: str, total: int, capability: tuple[int, int], sms: int, uuid: str) -> Device:
     try:
         device = load(name)
         like = abs(device.total_bytes - total) <= LIKE_ITS_FILE * total
@@ -153,12 +140,33 @@ def _real(
     if not like:
         device = _generic(name, total, capability, sms)
     sources = {**device.sources, "total_bytes": "this machine"}
-    kept = device.reserved_by_system_bytes
-    if taken > kept:
-        kept, sources["reserved_by_system_bytes"] = taken, "this machine, held by others now"
-    return dataclasses.replace(
-        device, total_bytes=total, reserved_by_system_bytes=kept, uuid=uuid, sources=sources
-    )
+    return dataclasses.replace(device, total_bytes=total, uuid=uuid, sources=sources)
+
+
+def beside_others(device: Device) -> Device:
+    """The card of this machine without what the system and other programs hold of it now, where the
+    driver tells and that is more than its file says."""
+    if device.kind != "cuda" or device.uuid is None:
+        return device
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(device.uuid)
+        held = pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).used
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except (pynvml.NVMLError, AttributeError):
+        return device
+    own = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
+    loaded = sys.modules.get("torch")
+    unknown = not own and loaded is not None and loaded.cuda.is_initialized()
+    if unknown or None in own:
+        return device  # Containers and Windows hide what this process holds of it.
+    held -= sum(own)
+    if held <= device.reserved_by_system_bytes:
+        return device
+    sources = {**device.sources, "reserved_by_system_bytes": "this machine, held by others now"}
+    return dataclasses.replace(device, reserved_by_system_bytes=held, sources=sources)
 
 
 def _from_nvml() -> Device | None:
@@ -183,7 +191,7 @@ def _from_nvml() -> Device | None:
     # CUDA programming guide, arithmetic throughput: float32 lanes of one SM.
     sms = cores // (64 if (major, minor) in ((6, 0), (7, 0), (7, 5), (8, 0)) else 128)
     # What the driver keeps for itself, torch's `total_memory` leaves out.
-    return _real(name, memory.total - memory.reserved, (major, minor), sms, uuid, memory.used)
+    return _real(name, memory.total - memory.reserved, (major, minor), sms, uuid)
 
 
 def _apple() -> Device:

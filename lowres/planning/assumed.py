@@ -100,7 +100,12 @@ def _rows(recipe: Recipe, encoder: Encoder, padded: bool) -> data.Data:
     scored = recipe.objective.rows(task, [example], encoder, "predict")[:1]
     train, scored = train * loop.global_batch_size, scored * size
     if padded and loop.micro_batch_size > 1:
-        train[-1] = _shorter(train[-1])
+        # In each micro-batch of the second update, the first with states.
+        updates = data.updates_of(recipe, len(train))
+        order = data.Order([1] * len(train), len(train), updates, loop.seed)
+        rows = order.rows(min(1, updates - 1))
+        for place in rows[loop.micro_batch_size - 1 :: loop.micro_batch_size]:
+            train[place] = _shorter(train[place])
     if padded and size > 1:
         scored[-1] = _shorter(scored[-1])
     return data.Data(

@@ -107,10 +107,18 @@ class _Scale:
         elsewhere = max(p.allocated_bytes or p.live_bytes
                         for name, p in found.phases.items() if name not in _STEPS)  # fmt: skip
         refused = found.fits is False or found.host_fits is False
+        # What levers keep on the host need not be held when the host holds most.
+        by_host = (
+            change.fits is False
+            and self.card is not None
+            and self.card.kind != "cpu"
+            and (planning.device_fits(change.needed_bytes, self.card))
+        )
         # Room lost between tensors differs from layout to layout: no difference tells it.
         lost = abs(found.needed_bytes - self.base.needed_bytes)
         return (
             found.peak_phase not in _STEPS
+            or by_host
             or lost > found.needed_bytes * _LOST
             or change.needed_bytes <= elsewhere + context
             or (refused and (change.fits is True or found.fits is not False))

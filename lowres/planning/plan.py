@@ -119,7 +119,8 @@ def choose_card(recipe: Recipe, device: Device | None) -> tuple[Device | None, C
     """The device to plan for, and what of it the budget leaves."""
     budget = recipe.budget.device_gib
     if device is None:
-        device = devices.present()
+        here = devices.present()
+        device = None if here is None else devices.beside_others(here)
         if device is None and budget is not None:
             device = devices.generic(budget)
         if device is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from lowres.core.rotation import Rotating
 from lowres.making.data import Data, Order, updates_of
 
 if TYPE_CHECKING:
+    from lowres.core.learner import Learner
     from lowres.core.parts import Objective
 
 USUAL_UPDATES = 32
@@ -53,18 +54,20 @@ class Size(NamedTuple):
 
 
 def updates_shown(
-    recipe: Recipe, data: Data, names: Sequence[str], only_targets: bool = False, few: bool = False
-) -> list[Shown]:
+    recipe: Recipe, data: Data, names: Sequence[str], learner: Learner, processes: int = 1,
+    few: bool = False,
+) -> list[Shown]:  # fmt: skip
     """The first two updates, which have the longest rows; before the second those that are larger
-    than it in something else; and where blocks rotate, two of the period that reaches lowest,
+    than it in something else; and where blocks rotate, the same of the period that reaches lowest,
     which keeps most for backward.
 
     Args:
         names: Of all blocks.
-        only_targets: Logits are made for targets alone.
+        learner: Says whether logits are made for targets alone.
+        processes: That share each update; the main one's share is shown.
         few: Only what the first two and the lowest period tell.
     """
-    larger = [] if few else _larger(recipe, data, only_targets)
+    larger = [] if few else _larger(recipe, data, learner.only_targets, processes)
     shown = [Shown(0, 0), *(Shown(1, update) for update in larger), Shown(1, 1)]
     freezing, updates = recipe.freezing, updates_of(recipe, len(data.train))
     if not isinstance(freezing, Rotating):
@@ -77,40 +80,61 @@ def updates_shown(
         if place == 0:
             break
     first = worst * freezing.period
-    if first == 1 or (first == 0 and freezing.period > 1):
+    if freezing.period == 1:
+        # States are dropped with each turn, so that none is made twice running.
+        shown = [Shown(0, 0)]
+        for rows in (1, *larger):
+            if shown[-1].turn == first:
+                shown.append(Shown(1 if first == 0 else 0, 1))
+            shown.append(Shown(min(first, updates - 1), rows))
         return shown
-    more = [first, first + 1] if freezing.period > 1 and first + 1 < updates else [first]
-    again = [Shown(first, update) for update in larger]
-    return [*shown, Shown(more[0], 1), *again, *(Shown(turn, 1) for turn in more[1:])]
+    if first == 0:
+        return shown
+    again = [first + 1] if first + 1 < updates else []
+    lowest_period = [
+        *(Shown(first, update) for update in (1, *larger)),
+        *(Shown(turn, 1) for turn in again),
+    ]
+    return [*shown, *lowest_period]
 
 
-def _larger(recipe: Recipe, data: Data, only_targets: bool) -> list[int]:
+def _larger(recipe: Recipe, data: Data, only_targets: bool, processes: int) -> list[int]:
     """Updates after the first with a micro-batch that is largest in something, and larger in it
     than those of the second update."""
     order, updates = _order(recipe, data)
     batching, size = batching_of(recipe), recipe.loop.micro_batch_size
     packed = "packed" in {one for lever in recipe.levers for one in lever.brought()}
-    counts = [sum(label != IGNORED for label in row.labels) for row in data.train]
-    place = {id(row): number for number, row in enumerate(data.train)}
 
     def sizes(update: int) -> Iterator[Size]:
-        for group in batching.group([data.train[i] for i in order.rows(update)], size):
+        for group in batching.group(_share(order, data, update, processes), size):
             lengths = [row.length for row in group]
             inputs, alike = batching.tokens(lengths), [len(r.labels) for r in group] == lengths
             labels = inputs if alike else len(group) * max(len(row.labels) for row in group)
             masked = len(group) > 1 if packed else inputs > sum(lengths)
-            asked = sum(counts[place[id(row)]] for row in group) if only_targets else 0
+            every = (label for row in group for label in row.labels) if only_targets else ()
+            asked = sum(label != IGNORED for label in every)
             yield Size(inputs, labels, masked, asked)
 
     seen = set(sizes(min(1, updates - 1)))
     there = {one: update for update in range(updates - 1, 0, -1) for one in sizes(update)}
     found: list[int] = []
-    for what in range(len(Size._fields)):
-        largest = max(there, key=lambda one: (one[what], one), default=None)
+    # The sum may be largest where none of them is.
+    keys: list[Callable[[Size], int]] = [
+        lambda one: one.inputs, lambda one: one.labels, lambda one: one.masked,
+        lambda one: one.targets, sum,
+    ]  # fmt: skip
+    for what in keys:
+        largest = max(there, key=lambda one: (what(one), one), default=None)
         if largest is not None and not any(largest.within(one) for one in seen):
             found.append(there[largest])
             seen |= set(sizes(there[largest]))
     return found
+
+
+def played(recipe: Recipe, data: Data, shown: Sequence[Shown]) -> list[int]:
+    """The updates whose rows are shown."""
+    last = updates_of(recipe, len(data.train)) - 1
+    return sorted({min(one.rows, last) for one in shown})
 
 
 def parts_played(recipe: Recipe, names: Sequence[str], shown: Sequence[Shown]) -> dict[str, Any]:
@@ -122,10 +146,15 @@ def parts_played(recipe: Recipe, names: Sequence[str], shown: Sequence[Shown]) -
     return {name: tuple(name in one for one in sets) for name in names}
 
 
-def rows_of(recipe: Recipe, data: Data, step: int) -> list[Row]:
-    """The rows of an update; the first two have the longest of the run."""
+def rows_of(recipe: Recipe, data: Data, step: int, processes: int = 1) -> list[Row]:
+    """The main process's rows of an update; the first two updates have the longest of the run."""
     order, updates = _order(recipe, data)
-    return [data.train[i] for i in order.rows(min(step, updates - 1))]
+    return _share(order, data, min(step, updates - 1), processes)
+
+
+def _share(order: Order, data: Data, update: int, processes: int) -> list[Row]:
+    rows = order.rows(update)
+    return [data.train[i] for i in rows[: -(-len(rows) // processes)]]
 
 
 def telling(

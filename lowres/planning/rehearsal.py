@@ -164,8 +164,9 @@ class _Stage:
             module, optimizer = self.accelerator.prepare(built.model, built.optimizer)
         load = tracer.start_anew()
         learner = dataclasses.replace(built.learner, module=module)
-        only_targets, data = learner.only_targets, self.inputs.data
-        self.shown = portions.updates_shown(self.recipe, data, self.names, only_targets, self.quick)
+        self.shown = portions.updates_shown(
+            self.recipe, self.inputs.data, self.names, learner, self.processes, self.quick
+        )
         tracer.hold(scenes.weights_of(learner))
         if self.target.kind == "cuda":  # What waits on the host was loaded there.
             self.loads_on_device &= not any(host.holds(p) for p in built.model.parameters())
@@ -206,7 +207,7 @@ class _Stage:
             trainable=self.trainable, total=self.total, saved_bytes=self.saved_bytes,
             tokens=tokens, passes=passes, repeats=repeats,
             loads_on_device=self.loads_on_device, largest_bytes=self.largest_bytes,
-            updates=sorted({one.rows for one in self.shown}),
+            updates=portions.played(self.recipe, self.inputs.data, self.shown),
         )  # fmt: skip
 
     def _adapted(self, learner: Learner) -> None:
@@ -225,7 +226,7 @@ class _Stage:
 
     def _choose(self, learner: Learner) -> Blocks:
         recipe, names = self.recipe, learner.blocks.names
-        self.shown = portions.updates_shown(recipe, self.inputs.data, names, few=True)
+        self.shown = portions.updates_shown(recipe, self.inputs.data, names, learner, few=True)
         if not isinstance(recipe.freezing, Scored):
             return recipe.freezing.blocks(learner, build.sample_of(recipe, self.inputs))
         self._look(recipe.freezing.scores, learner)
@@ -256,12 +257,11 @@ class _Stage:
         blocks = [model.get_submodule(name) for name in learner.blocks.names]
         return following(self.tracer, learner.base, blocks)
 
-    def _update(self, learner: Learner, engine: Engine, step: int) -> tuple[float, float, float]:
-        recipe, tracer = self.recipe, self.tracer
-        last, total = step == len(self.shown) - 1, updates_of(recipe, len(self.inputs.data.train))
+    def _update(self, learner: Learner, engine: Engine, number: int) -> tuple[float, float, float]:
+        recipe, tracer, step = self.recipe, self.tracer, min(number, 1)
+        last, total = number == len(self.shown) - 1, updates_of(recipe, len(self.inputs.data.train))
         learner.base.train()
-        rows = portions.rows_of(recipe, self.inputs.data, self.shown[step].rows)
-        rows = rows[: -(-len(rows) // self.processes)]
+        rows = portions.rows_of(recipe, self.inputs.data, self.shown[number].rows, self.processes)
         with tracer:
             tracer.enter("forward")
             recipe.method.before_update(learner.base, step, total)

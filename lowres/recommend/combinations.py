@@ -66,7 +66,7 @@ def combinations(start: dict[str, Any], blocks: int, stage: int = 0) -> Iterator
         freezings.append({"name": "prefix", "frozen": blocks // 2})
     optimizers = [n for n in registry.names("optimizer") if _searched("optimizer", n)]
     for method, levers, freezing, optimizer in itertools.product(
-        methods, _lever_sets(stage), freezings, optimizers
+        methods, _lever_sets(stage, start), freezings, optimizers
     ):
         rate = start["optimizer"]["lr"] / (10 if method["name"] == "full" else 1)
         raw = start | {
@@ -97,7 +97,15 @@ def _searched(family: str, name: str) -> bool:
     return bool(cls.searched)
 
 
-def _lever_sets(stage: int) -> Iterator[tuple[str, ...]]:
+def _taken(start: dict[str, Any], lever: str) -> bool:
+    try:
+        load_recipe(start | {"levers": [{"name": lever}]})
+    except InputError:
+        return False
+    return True
+
+
+def _lever_sets(stage: int, start: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Sets of levers to try at a stage."""
     by_stage: dict[int, list[str]] = {}
     lossy = set()
@@ -111,8 +119,10 @@ def _lever_sets(stage: int) -> Iterator[tuple[str, ...]]:
         for count in range(len(first) + 1):
             yield from itertools.combinations(first, count)
         return
-    # Nothing fitted with less: keep all that is exact, and try the lossy ones of the first stage.
-    kept = [n for at in range(stage) for n in by_stage.get(at, []) if n not in lossy]
+    # Nothing fitted with less: keep all that is exact and that the recipe does not refuse, such as
+    # one for logits where there are none, and try the lossy ones of the first stage.
+    exact = [n for at in range(stage) for n in by_stage.get(at, []) if n not in lossy]
+    kept = [n for n in exact if _taken(start, n)]
     for other in [(), *((name,) for name in first if name in lossy)]:
         for count in range(1, len(by_stage[stage]) + 1):
             for more in itertools.combinations(by_stage[stage], count):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from lowres.core.errors import InputError, Problem
 from lowres.core.example import Row
+from lowres.core.parts import Lever
 from lowres.core.plan import Card, Change, MemoryPlan
 from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
@@ -62,14 +63,18 @@ def in_time(
         notes.append(f"--minutes is written into the recipe alone: {missing}, so no time is known")
         return pool
 
+    shares: dict[tuple[int, int, str], float] = {}
+
     def needed_minutes(choice: Choice) -> float:
         # Its time is that of an update whose rows are all as long as allowed.
-        recipe = choice.combination.recipe
-        sized = dataclasses.replace(
-            recipe.loop, max_length=choice.length, micro_batch_size=choice.rows
-        )
-        usual, _ = usual_work(dataclasses.replace(recipe, loop=sized), data)
-        share = usual / (recipe.loop.global_batch_size * choice.length)
+        recipe, rows, length = choice.combination.recipe, choice.rows, choice.length
+        changes = [one for one in recipe.levers if type(one).on_batching is not Lever.on_batching]
+        batching = repr(changes)
+        if (rows, length, batching) not in shares:
+            sized = dataclasses.replace(recipe.loop, max_length=length, micro_batch_size=rows)
+            usual, _ = usual_work(dataclasses.replace(recipe, loop=sized), data)
+            shares[rows, length, batching] = usual / (recipe.loop.global_batch_size * length)
+        share = shares[rows, length, batching]
         return (choice.candidate.seconds or 0.0) * share * updates_of(recipe, len(data.train)) / 60
 
     told = {id(c): needed_minutes(c) for c in timed}

@@ -61,7 +61,7 @@ def fit(
         InputError: For a model, task or card that cannot be searched for.
     """
     started = time.monotonic()
-    device, _ = devices.stored(device)
+    device, _ = devices.stored(devices.beside_others(device))
     start = starting_recipe(model, task)
     start["budget"] = {
         key: value for key, value in (("device_gib", device_gib), ("host_gib", host_gib),
@@ -203,6 +203,7 @@ def _weigh(
     else:
         form = ClosedForm.of(trace, probe)
         bases[key] = (form, trace)
+    host_bytes = waiting_bytes(done)
     rates = rates_of(device)
     updates_rows = combination.recipe.loop.global_batch_size
     quality, basis = planned_quality.of(combination.recipe, evidence)
@@ -232,7 +233,7 @@ def _weigh(
                 combination,
                 rows,
                 length,
-                waiting_bytes(done),
+                host_bytes,
             )
 
 

@@ -98,7 +98,7 @@ def phase_bars(plan: MemoryPlan, key: str) -> str | None:
 
 
 def update_curve(plan: MemoryPlan, key: str) -> str | None:
-    """Live bytes over one steady update, stacked; None where the plan has no curve."""
+    """Live bytes over the steady updates that were looked at, stacked; None without a curve."""
     curve = plan.curve
     if curve is None or not curve.instants or not curve.categories:
         return None
@@ -138,9 +138,9 @@ def update_curve(plan: MemoryPlan, key: str) -> str | None:
         axes.set_xlim(0, max(1, len(sums) - 1))
         axes.set_ylim(bottom, max(top, 1e-9))
         axes.set_ylabel(f"live tensors, {unit_name}{f', from {bottom}' if bottom else ''}")
-        axes.set_xlabel("one update, in the order of its allocations")
+        axes.set_xlabel(f"{plan.steady}, in the order of its allocations")
 
-    label = f"Live tensors over one update, peak {format_bytes(peak_bytes)}"
+    label = f"Live tensors over {plan.steady}, peak {format_bytes(peak_bytes)}"
     return _svg(draw, key, label, height=2.94)
 
 

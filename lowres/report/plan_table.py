@@ -26,9 +26,8 @@ def print_plan(plan: MemoryPlan) -> None:
         f"the peak: {plan.peak_phase.replace('_', ' ')}, {peak.instant}{where} ({peak.operation})"
     )
     if plan.curve is not None and plan.curve.instants:
-        out.print(
-            f"one update: {sparkline(plan.curve)}  (top: {format_bytes(max(_total(plan.curve)))})"
-        )
+        top = format_bytes(max(_total(plan.curve)))
+        out.print(f"{plan.steady}: {sparkline(plan.curve)}  (top: {top})")
     if plan.step is not None:
         s = plan.step
         parts = ", ".join(f"{k} {format_seconds(v)}" for k, v in s.parts.items())

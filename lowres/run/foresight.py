@@ -36,7 +36,7 @@ def foresee(
     told: list[Any] = [None]
     found = remark = None
     if accelerator.is_main_process:
-        device = devices.of_torch(accelerator.device)
+        device = devices.beside_others(devices.of_torch(accelerator.device))
         own_bytes = int(psutil.Process().memory_info().rss)
         try:
             processes = accelerator.num_processes

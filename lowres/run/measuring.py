@@ -28,7 +28,9 @@ class Measuring:
     def __init__(
         self, meter: Meter, held: Callable[[], Iterable[torch.Tensor]], largest: Container[int]
     ) -> None:
-        self._meter, self._held, self._largest = meter, held, largest
+        self._meter, self._held = meter, held
+        # A card's own meter sees every update.
+        self._largest: Container[int] = () if meter.device.type == "cuda" else largest
         self.made = 0
         self._timed: list[tuple[float, float]] = []
         self._steady: contextlib.ExitStack | None = None

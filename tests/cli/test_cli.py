@@ -59,7 +59,6 @@ def test_every_help_ends_with_an_example_that_works(in_folder: Path) -> None:
     assert list((in_folder / "runs" / "records" / "smoke").rglob("quickstart-seed0.json"))
 
 
-@pytest.mark.alone
 def test_without_a_command_it_says_what_there_is() -> None:
     """Behaviour."""
     done = lowres()
@@ -67,6 +66,7 @@ def test_without_a_command_it_says_what_there_is() -> None:
     assert all(command in done.stdout + done.stderr for command in COMMANDS)
 
 
+@pytest.mark.alone
 def test_listing_takes_under_0_3_seconds_without_torch() -> None:
     """Behaviour. The best of ten, so that a busy machine does not decide; and on a fast one no more
     than half as long again as importing what reads a command line.

@@ -169,6 +169,7 @@ def nvml(
         return uuid
 
     memory = SimpleNamespace(total=(total_mib + 400) * MIB, reserved=400 * MIB, used=used_mib * MIB)
+    there = [SimpleNamespace(pid=-1, usedGpuMemory=None)]
     return SimpleNamespace(
         NVMLError=Failure, nvmlMemory_v2=2, nvmlInit=lambda: None, nvmlShutdown=lambda: None,
         nvmlDeviceGetHandleByIndex=lambda index: "GPU-1", nvmlDeviceGetHandleByUUID=by_uuid,
@@ -176,6 +177,7 @@ def nvml(
         nvmlDeviceGetMemoryInfo=lambda handle, version: memory,
         nvmlDeviceGetNumGpuCores=lambda handle: cores, nvmlDeviceGetName=lambda handle: name,
         nvmlDeviceGetUUID=lambda handle: "GPU-1",
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: there,
     )  # fmt: skip
 
 
@@ -206,13 +208,15 @@ def test_what_others_hold_of_the_card_is_not_offered(monkeypatch: pytest.MonkeyP
         monkeypatch.setitem(sys.modules, "pynvml", driver)
         card = devices.present()
         assert card is not None
-        offered.append(devices.card(card).offered_bytes)
+        assert devices.card(card).offered_bytes == 5803 * MIB
+        offered.append(devices.card(devices.beside_others(card)).offered_bytes)
     assert offered == [5800 * MIB, (5803 - 1536) * MIB]
     own = devices.load("rtx-4090").reserved_by_system_bytes
     driver = nvml("NVIDIA GeForce RTX 4090", 24217, (8, 9), 16384, own // MIB - 1)
     monkeypatch.setitem(sys.modules, "pynvml", driver)
     card = devices.present()
-    assert card is not None and card.reserved_by_system_bytes == own
+    assert card is not None and devices.beside_others(card) == card
+    assert devices.beside_others(devices.load("rtx-4090")).reserved_by_system_bytes == own
 
 
 def test_a_calibration_is_stored_and_stands_in_for_the_file(cache: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import lowres
-from lowres.core.example import Batch, real_tokens
+from lowres.core.example import Batch, Row, real_tokens
 from lowres.making import build
+from lowres.making.data import Data, Order
 from lowres.making.gradients import micro_batches
 from lowres.memory import device as devices
 from lowres.planning import plan, portions
@@ -110,8 +111,8 @@ def test_updates_that_are_larger_in_something_than_those_with_the_longest_rows_a
         loop={"steps": 4, "max_length": 60, "seed": seed},
     )
     inputs = build.read(one)
-    only_targets = levers == ["chunked_logits"]
-    first, larger, second = portions.updates_shown(one, inputs.data, [], only_targets)
+    learner = build.build(one).learner
+    first, larger, second = portions.updates_shown(one, inputs.data, [], learner)
     assert (first.rows, second.rows) == (0, 1) and larger.rows > 1
     record = lowres.run(one, output_folder=tmp_path / "out", quiet=True)
     assert record.plan is not None and record.plan["updates"] == [0, 1, larger.rows]
@@ -122,9 +123,65 @@ def test_updates_that_are_larger_in_something_than_those_with_the_longest_rows_a
 
 
 def test_assumed_rows_ask_for_a_mask(recipe: Callable[..., Any]) -> None:
-    """Behaviour: one row of an update is a token shorter, in training and evaluation."""
-    data = assumed_inputs(recipe(objective="label_words")).data
+    """Behaviour: one row of each micro-batch is a token shorter, in training and evaluation."""
+    one = recipe(objective="label_words")
+    data = assumed_inputs(one).data
     longest = max(row.length for row in data.train)
-    assert [row.length for row in data.train] == [longest] * 7 + [longest - 1]
+    assert sorted(row.length for row in data.train) == [longest - 1] * 2 + [longest] * 6
+    taken = portions.rows_of(one, data, 1)
+    assert [row.length for row in taken] == ([longest] * 3 + [longest - 1]) * 2
     (_, rows), = data.evaluation.values()  # fmt: skip
     assert sorted({row.length for row in rows}) == [longest - 1, longest]
+
+
+def test_of_several_processes_the_share_of_the_main_one_is_looked_at(
+    recipe: Callable[..., Any],
+) -> None:
+    """Closed form: update 2 has the longest row, of another process; of the main one's rows those
+    of update 3 are longest."""
+    one = recipe(loop={"steps": 4, "global_batch_size": 2, "micro_batch_size": 1})
+    learner: Any = SimpleNamespace(only_targets=False)
+    order = Order([1] * 8, 2, 4, one.loop.seed)
+    lengths = {order.rows(u)[i]: n for u, pair in enumerate(
+        [(1, 9), (1, 9), (2, 3), (5, 3)]) for i, n in enumerate(pair)}  # fmt: skip
+    data = Data([Row("", {"input_ids": [1] * lengths[i]}, [1] * lengths[i]) for i in range(8)],
+                [], {})  # fmt: skip
+    shown = portions.updates_shown(one, data, [], learner)
+    assert [update.rows for update in shown] == [0, 1]
+    shown = portions.updates_shown(one, data, [], learner, processes=2)
+    assert [update.rows for update in shown] == [0, 3, 1]
+    assert [row.length for row in portions.rows_of(one, data, 3, 2)] == [5]
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_where_blocks_rotate_the_lowest_period_trains_on_the_largest_rows(
+    period: int, recipe: Callable[..., Any]
+) -> None:
+    """Behaviour: and no block set is rehearsed twice running where each update has another one, for
+    its states are dropped between."""
+    one = recipe(freezing={"name": "badam", "period": period, "seed": 3}, objective="label_words",
+                 loop={"steps": 24, "global_batch_size": 2, "micro_batch_size": 2})  # fmt: skip
+    learner: Any = SimpleNamespace(only_targets=False)
+    # Fifteen updates of rows of many lengths; in the rest full ones without padding.
+    data = Data([Row("", {"input_ids": [1] * n}, [1]) for n in [*range(1, 31), *[31] * 18]],
+                [], {})  # fmt: skip
+    names = ["a", "b", "c"]
+    freezing: Any = one.freezing
+    lows = [min(map(names.index, freezing.active(names, turn))) for turn in range(24 // period)]
+    shown = portions.updates_shown(one, data, names, learner)
+    lowest = {u.rows for u in shown if lows[u.turn // period] == min(lows)}
+    assert lowest >= {u.rows for u in shown} - {0}
+    assert all(u.turn < 24 and u.rows < 24 for u in shown)
+    if period == 1:
+        assert all(a.turn != b.turn for a, b in zip(shown, shown[1:], strict=False))
+
+
+def test_rows_that_a_lever_replaces_are_counted(
+    recipe: Callable[..., Any], in_folder: Path
+) -> None:
+    """Behaviour: the frozen prefix's cache hands on rows of its own."""
+    one = recipe(
+        freezing={"name": "prefix", "frozen": 1}, objective="label_words", method="lora",
+        levers=["frozen_prefix_cache", "chunked_logits"],
+    )  # fmt: skip
+    assert plan.plan(one, devices.load("cpu")).updates == [0, 1]

@@ -14,8 +14,9 @@ from lowres.core.plan import Candidate
 from lowres.core.units import GIB
 from lowres.making import build
 from lowres.memory import device as devices
+from lowres.planning.starting import starting_recipe
 from lowres.recommend import confirming, fit
-from lowres.recommend.combinations import Combination
+from lowres.recommend.combinations import Combination, stages
 from lowres.recommend.ranking import Choice
 
 
@@ -98,3 +99,14 @@ def test_the_longest_rows_are_sought_beyond_those_of_other_goals(
         found = fit.fit(model, "gsm8k", devices.generic(48.0), device_gib=48.0, goal=goal)  # type: ignore[arg-type]
         assert found.chosen is not None
         assert found.candidates[found.chosen].settings["length"] == length
+
+
+def test_a_task_without_logits_of_words_is_searched_at_every_stage() -> None:
+    """Behaviour: a lever of an early stage that it refuses is left out of the later ones."""
+    start = starting_recipe("package:lowres/assets/tiny_lm", "grammaticality")
+    start = start | {"objective": {"name": "classification"}}
+    for stage in stages():
+        found = fit.combinations(start, 2, stage)
+        levers = {name for one in found for name in one.settings["levers"].split(" + ")}
+        assert levers and "chunked_logits" not in levers
+    assert "activation_offload" in levers
