@@ -7,6 +7,7 @@ records and never repeated: a suite that was cut goes on where it stopped.
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from lowres.core import record as record_module
 from lowres.core import registry
 from lowres.core.errors import InputError, LowresError
 from lowres.core.parts import part
+from lowres.core.paths import stop_if_unwritable
 from lowres.core.reading import load_recipe
 from lowres.core.recipe import Recipe
 from lowres.core.record import RunRecord, Score
@@ -79,8 +81,9 @@ def load(path: Path) -> Suite:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         suite = TypeAdapter(Suite).validate_python(raw)
-    except OSError as error:
-        raise InputError(f"'{path}'", [f"cannot be read: {error.strerror}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"'{path}'", [f"cannot be read: {why}"]) from None
     except yaml.YAMLError as error:
         raise InputError(f"'{path}'", [f"is not valid YAML: {error}"]) from None
     except ValidationError as error:
@@ -115,13 +118,14 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
     """
     chosen: dict[tuple[str, str], list[str]] = {}
     first: dict[str, float] = {}
+    hopeless: set[tuple[str, str]] = set()
     out, failed = [], []
     for seed in suite.seeds:
         for group, task_settings, entries in _groups(suite, say):
             home = records / group / _device()
             for name, (recipe, own) in entries.items():
                 settings = [*suite.settings, *task_settings, *own]
-                if (group, name) in chosen:
+                if (group, name) in chosen.keys() | hopeless:
                     continue
                 if suite.search is None:
                     chosen[group, name] = settings
@@ -133,10 +137,11 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
                         search, name, recipe, settings, values, tried, scratch, say, first.get(name)
                     )
                     first.setdefault(name, best)
-                    chosen[group, name] = [*settings, f"{search.key}={best!r}"]
+                    chosen[group, name] = [*settings, f"{search.key}={_number(best)}"]
                 except RunFailed as error:
                     say(str(error))
                     failed.append(f"{group}/{name}")
+                    hopeless.add((group, name))
             for name, (recipe, _) in entries.items():
                 if (group, name) not in chosen:
                     continue
@@ -191,7 +196,7 @@ def _searched(
     sign = -1.0 if metric in task.lower_is_better else 1.0
     found: dict[float, Score] = {}
     for value in values:
-        changes = [*settings, *search.settings, f"{search.key}={value!r}"]
+        changes = [*settings, *search.settings, f"{search.key}={_number(value)}"]
         try:
             record = _one(recipe, changes, home / f"{name}-{value:g}.json", scratch, say)
         except RunFailed as error:
@@ -209,6 +214,11 @@ def _searched(
     return best
 
 
+def _number(value: float) -> str:
+    """As a recipe takes it: keys of whole numbers refuse 4.0."""
+    return repr(int(value) if value.is_integer() else value)
+
+
 def _one(
     recipe: str, changes: Sequence[str], target: Path, scratch: Path, say: Callable[[str], None]
 ) -> RunRecord:
@@ -221,7 +231,10 @@ def _one(
             f"'{target}'",
             ["it is of another recipe than the suite now asks for; move it away to rerun"],
         )
+    stop_if_unwritable(target, makes_folders=True)
     say(f"run {target.stem}: {' '.join(changes)}")
+    # Another suite may run beside this one.
+    scratch = scratch / f"{target.stem}-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     command: list[Any] = [sys.executable, "-m", "lowres", "run", recipe, "--output", str(scratch)]
     for change in changes:

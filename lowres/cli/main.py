@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -63,7 +62,7 @@ def _root() -> None:
     pass
 
 
-def _with_resume_value(arguments: list[str]) -> list[str]:
+def _read(arguments: list[str]) -> list[str]:
     """`--resume` alone means `--resume latest`; the option parser knows no optional values.
 
     A value is what follows, unless it is an option or a recipe: checkpoints are folders, and one
@@ -71,17 +70,27 @@ def _with_resume_value(arguments: list[str]) -> list[str]:
     """
     out = []
     for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
-        recipe = Path(following).suffix in (".yaml", ".yml") or Path(following).is_file()
-        named = bool(following) and not following.startswith("-") and not recipe
-        out.append("--resume=latest" if word == "--resume" and not named else word)
+        if word == "--resume":
+            recipe = following.endswith((".yaml", ".yml")) or os.path.isfile(following)
+            named = bool(following) and not following.startswith("-") and not recipe
+            word = word if named else "--resume=latest"
+        out.append(_at_home(word))
     return out
+
+
+def _at_home(word: str) -> str:
+    """`~` expanded, which shells do not do after `--option=`, and some nowhere."""
+    option, equals, value = word.partition("=")
+    if equals and option.startswith("--"):
+        return f"{option}={_at_home(value)}" if value.startswith("~") else word
+    return os.path.expanduser(word) if word.startswith("~") else word
 
 
 def main() -> None:
     """Run the command line; every known failure is one message and an exit code."""
     from lowres.core.errors import LowresError, OutOfMemory
 
-    sys.argv[1:] = _with_resume_value(sys.argv[1:])
+    sys.argv[1:] = _read(sys.argv[1:])
     try:
         app()
     except LowresError as error:
@@ -89,6 +98,10 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfMemory):
             print(f"lowres: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # A folder that may not be entered, a disk that is full: what the system says is the reason.
+        print(f"lowres: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("lowres: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -70,6 +70,9 @@ def command(
         stop_if_no_page(html)
     models, cards, sizes = model or [], gpu or [], device_gib or []
     budgeted = len(cards) == len(sizes) == 1  # so much of that card, and not two cards
+    if budgeted and len(models) > 1:
+        text = "--gpu and --device-gib are a card and a size of it for one model; give several one"
+        raise InputError("the command", [text])
     if models and (len(models) > 1 or (len(cards) + len(sizes) > 1 and not budgeted)):
         _stop_at({"a recipe": recipes, "--task": task, "--exact": exact, "--diff": diff}, "a table")
         _matrix(models, cards, sizes, overrides or [], as_json, html)
@@ -81,6 +84,9 @@ def command(
     gib = sizes[0] if sizes else None
     read = _read(recipes or [], models, task, overrides or [], gib, 2 if diff else 1)
     device = _device(cards[0] if cards else None, gib)
+    if device is not None and device.kind == "cpu" and gib is not None:
+        text = "--device-gib is of a card; a CPU takes --set budget.host_gib=N"
+        raise InputError("the command", [text])
     plans = [plan(recipe, device, exact=exact) for recipe in read]
     if diff:
         from lowres.report.plan_table import print_difference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -37,7 +38,10 @@ def command(
 ) -> None:
     """Show what runs were, took and reached; several are compared. Exit 2 without a record."""
     from lowres.core import record as record_module
+    from lowres.core.errors import InputError
 
+    if planner and as_json:
+        raise InputError("the command", ["--planner prints a table; --json gives whole records"])
     if html is not None:
         from lowres.report.page import stop_if_no_page
 
@@ -70,7 +74,7 @@ def record_files(place: Path) -> list[Path]:
     from lowres.core.errors import InputError
     from lowres.run.output import RECORD
 
-    if not place.is_dir():
+    if not os.path.isdir(place):
         return [place]
     if (place / RECORD).is_file():
         return [place / RECORD]

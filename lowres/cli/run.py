@@ -65,9 +65,12 @@ def command(
 
     assert record.folder is not None
 
-    page.write_page([record], Path(record.folder) / "report.html")
     if as_json:
         typer.echo(record_module.to_json(record))
     else:
         table.print_record(record)
         typer.echo(f"record: {record.folder}/record.json   report: {record.folder}/report.html")
+    try:
+        page.write_page([record], Path(record.folder) / "report.html")
+    except Exception as error:  # The run is done, and `lowres report` makes the page again.
+        typer.echo(f"the page could not be written to {record.folder}: {error}", err=True)

@@ -12,7 +12,7 @@ DEFAULT_DATA = "../shared/data"
 
 
 def data_folder() -> Path:
-    return Path(os.environ.get("LOWRES_DATA", DEFAULT_DATA))
+    return Path(os.environ.get("LOWRES_DATA") or DEFAULT_DATA).expanduser()
 
 
 def cache_folder() -> Path:
@@ -31,15 +31,16 @@ def stop_if_unwritable(path: Path, *, makes_folders: bool = False) -> None:
         InputError: When a file cannot be written there.
     """
     folder = path.parent
-    while makes_folders and not folder.exists():
+    # `os.path` takes what lies in a folder that may not be entered for not there.
+    while makes_folders and not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
-    if path.is_dir():
+    if os.path.isdir(path):
         why = "it is a folder; name a file in it"
-    elif not folder.exists():
+    elif not os.path.exists(folder):
         why = f"there is no folder '{folder}'; make it, or name another"
-    elif not folder.is_dir():
+    elif not os.path.isdir(folder):
         why = f"'{folder}' is no folder; name another"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
+    elif not os.access(path if os.path.exists(path) else folder, os.W_OK):
         why = "it is not permitted; name another place"
     else:
         return
@@ -49,6 +50,6 @@ def stop_if_unwritable(path: Path, *, makes_folders: bool = False) -> None:
 def find(name: str) -> Path | None:
     """A file or folder as named, else under the data folder, else None."""
     for candidate in (Path(name).expanduser(), data_folder() / name):
-        if candidate.exists():
+        if os.path.exists(candidate):
             return candidate
     return None

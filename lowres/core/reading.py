@@ -57,8 +57,7 @@ def _reader(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) ->
         why = getattr(error, "strerror", None) or error
         raise InputError(f"'{path}'", [f"cannot be read: {why}"]) from None
     try:
-        node = yaml.compose(text, Loader=_Yaml)
-        raw = yaml.load(text, Loader=_Yaml)  # noqa: S506  (_Yaml is a SafeLoader)
+        raw, lines = _loaded(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else None
@@ -70,7 +69,17 @@ def _reader(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) ->
         raise InputError(
             f"'{path}'", ["it holds no keys; see recipes/quickstart.yaml for the form"]
         )
-    return _Reader(raw, dict(_lines(node)), str(path), overrides)
+    return _Reader(raw, lines, str(path), overrides)
+
+
+def _loaded(text: str) -> tuple[Any, dict[str, int]]:
+    """The value of a YAML document, and the line of each of its keys."""
+    node = yaml.compose(text, Loader=_Yaml)
+    try:
+        lines = dict(_lines(node))
+    except RecursionError:
+        raise yaml.YAMLError("an alias (*) stands within what it names") from None
+    return yaml.load(text, Loader=_Yaml), lines  # noqa: S506  (_Yaml is a SafeLoader)
 
 
 class _Yaml(yaml.SafeLoader):
@@ -92,6 +101,11 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Nothing in a recipe is a date: 2024-13-01 is a name, as 2024-12-01 is.
+_Yaml.yaml_implicit_resolvers = {
+    first: [known for known in all_known if known[0] != "tag:yaml.org,2002:timestamp"]
+    for first, all_known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
@@ -206,7 +220,7 @@ class _Reader:
             self._add("--set", f"'{text}' is not of the form KEY=VALUE")
             return
         try:
-            parsed = yaml.load(value, Loader=_Yaml)  # noqa: S506
+            parsed, _ = _loaded(value)
         except yaml.YAMLError:
             self._add("--set", f"the value of '{text}' is not valid YAML")
             return

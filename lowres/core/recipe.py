@@ -16,7 +16,6 @@ from lowres.core.method import Method
 from lowres.core.parts import (
     Freezing,
     Lever,
-    NonNegativeInt,
     Objective,
     Optimizer,
     PositiveFloat,
@@ -94,7 +93,7 @@ class Loop:
     schedule: Schedule = "linear"
     max_grad_norm: PositiveFloat | None = 1.0
     precision: Annotated[Literal["no", "bf16", "fp16"], _no] = "no"
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     eval_every: PositiveInt | None = None
     save_every: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2

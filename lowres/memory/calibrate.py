@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from lowres.core.errors import InputError
+from lowres.core.paths import stop_if_unwritable
 from lowres.core.units import MIB
 from lowres.memory.catalogue import Bytes, Device, Dtype, Rate
 from lowres.memory.device import calibration_path, of_torch, versions
@@ -97,6 +98,7 @@ def calibrate(
     context: int | None = 0  # off CUDA there is none
     fresh = device.type == "cuda" and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     here = of_torch(device)
+    stop_if_unwritable(calibration_path(here), makes_folders=True)
     if device.type == "cuda":
         before = _used_bytes(here) if fresh else None
         forward, backward = _workspaces(device)  # before anything else makes cuBLAS handles

@@ -58,5 +58,6 @@ def _cells(
             yield Cell(name, card.name, method, None, None, problem=str(error))
             continue
         needed = planned[target]
-        fits = needed <= card.available_bytes
+        # A CPU's memory is that of the machine it is in.
+        fits = None if card.kind == "cpu" else needed <= card.available_bytes
         yield Cell(name, card.name, method, needed + card.context_bytes, fits)

@@ -11,6 +11,7 @@ from lowres.core.units import format_bytes, format_count, format_seconds
 from lowres.report.table import console
 
 _BARS = " ▁▂▃▄▅▆▇█"
+_PLAIN_BARS = " .:-=+*%#"
 CURVE_WIDTH = 72
 LADDER = "What single changes would save and cost"
 
@@ -27,7 +28,8 @@ def print_plan(plan: MemoryPlan) -> None:
     )
     if plan.curve is not None and plan.curve.instants:
         top = format_bytes(max(_total(plan.curve)))
-        out.print(f"{plan.steady}: {sparkline(plan.curve)}  (top: {top})")
+        bars = _BARS if out.encoding.startswith("utf") else _PLAIN_BARS
+        out.print(f"{plan.steady}: {sparkline(plan.curve, bars=bars)}  (top: {top})")
     if plan.step is not None:
         s = plan.step
         parts = ", ".join(f"{k} {format_seconds(v)}" for k, v in s.parts.items())
@@ -97,15 +99,15 @@ def _phase_table(plan: MemoryPlan) -> Table:
     return table
 
 
-def sparkline(curve: Curve, width: int = CURVE_WIDTH) -> str:
-    """Live bytes over a step in one line of bars."""
+def sparkline(curve: Curve, width: int = CURVE_WIDTH, bars: str = _BARS) -> str:
+    """Live bytes over a step in one line of bars, which go from low to high."""
     columns = len(curve.instants)
     total = _total(curve)
     most = max(total)
     out = []
     for i in range(min(width, columns)):
         piece = total[i * columns // width : max(1, (i + 1) * columns // width)] or [total[i]]
-        out.append(_BARS[round(max(piece) / most * (len(_BARS) - 1))])
+        out.append(bars[round(max(piece) / most * (len(bars) - 1))])
     return "".join(out)
 
 
@@ -190,6 +192,9 @@ def print_fit(fit: Fit) -> None:
         out.print(f"note: {note}")
 
 
+_VERDICTS = {True: "fits", False: "no", None: "needs"}
+
+
 def print_matrix(matrix: Matrix) -> None:
     """What each model needs with each method, and on which cards that is there."""
     out = console()
@@ -197,7 +202,7 @@ def print_matrix(matrix: Matrix) -> None:
     table = Table("model", "method", *cards)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for cell in matrix.cells:
-        told = "refused" if cell.problem else f"{'fits' if cell.fits else 'no'}, "
+        told = "refused" if cell.problem else f"{_VERDICTS[cell.fits]}, "
         told += "" if cell.problem else format_bytes(cell.needed_bytes)
         rows.setdefault((cell.model, cell.method), {})[cell.card] = told
     for (model, method), by_card in rows.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from rich import box
 from rich.console import Console
@@ -117,6 +118,9 @@ def part_name(record: RunRecord, family: str) -> str:
 
 def console() -> Console:
     # Markup off: an error or a recipe may hold [brackets], which are words here and not styles.
+    out = sys.stdout
+    if isinstance(out, TextIOWrapper) and not out.encoding.lower().startswith("utf"):
+        out.reconfigure(errors="replace")
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
     return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=wide)
 

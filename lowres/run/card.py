@@ -16,6 +16,7 @@ _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModelForMaskedLM",  # what PEFT calls a masked encoder's prompts
 }
 """By PEFT's type of the task; where it has none, its configuration names the model's class."""
 

@@ -154,7 +154,7 @@ def writing(what: str, folder: Path, *, resumable: bool = True) -> Iterator[None
 
 def _nearest(folder: Path) -> Path:
     """The folder, or what is there of the way to it."""
-    return next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path())
 
 
 def checkpoints(output: Path) -> list[Path]:

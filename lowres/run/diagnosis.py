@@ -202,11 +202,11 @@ def _hub_cache() -> Path:
     home = os.environ.get("HF_HOME") or Path(
         os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"
     )
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")))
 
 
 def _disk(name: str, folder: Path, mend: str) -> Check:
-    there = next(p for p in (folder, *folder.parents, Path.cwd()) if p.exists())
+    there = next(p for p in (folder, *folder.parents, Path.cwd()) if os.path.exists(p))
     free_bytes = shutil.disk_usage(there).free
     little = free_bytes < LITTLE_DISK_BYTES
     found = f"{format_bytes(free_bytes)} free for {folder}"
@@ -270,7 +270,7 @@ def _hub() -> Check:
 
 def _files() -> Iterator[Check]:
     data = paths.data_folder()
-    named = "LOWRES_DATA" if "LOWRES_DATA" in os.environ else "LOWRES_DATA is not set; default"
+    named = "LOWRES_DATA" if os.environ.get("LOWRES_DATA") else "LOWRES_DATA is not set; default"
     there = data.is_dir()
     yield Check("data folder", "ok" if there else "warning",
                 f"{named}: {data} {'is there' if there else 'is not there'}",

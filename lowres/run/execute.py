@@ -294,5 +294,5 @@ def _write(record: RunRecord, recipe: Recipe, folder: Path, reporter: Reporter) 
     try:
         if (folder / output.MODEL).is_dir():
             card.write(folder / output.MODEL, recipe, record)
-    except OSError as error:
+    except Exception as error:  # The run is done, and its record is written.
         reporter.say(f"the model's card could not be written to {folder}: {error}")

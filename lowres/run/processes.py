@@ -19,6 +19,6 @@ def check(recipe: Recipe, processes: int) -> None:
     for part in parts if processes > 1 else ():
         if why := part.alone():
             text = f"'{part.name}' {why}; or run one process instead of {processes}"
-            problems.append(Problem(part.family, text))
+            problems.append(Problem("levers" if part.family == "lever" else part.family, text))
     if problems:
         raise InputError("the recipe", problems)

@@ -37,7 +37,7 @@ class Reporter:
     def begin(self, step: int, total: int) -> None:
         self._total, self._first = total, step
         self._started = self._spoke = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("training"),
                 BarColumn(),

@@ -59,7 +59,10 @@ def table(folder: Path, stem: str, columns: Sequence[str]) -> Iterator[dict[str,
     if path is None:
         raise InputError(
             f"'{folder}'",
-            [f"holds no {stem}.tsv or {stem}.jsonl (.gz may follow); was it the right one?"],
+            [
+                f"holds no {stem}.tsv or {stem}.jsonl (.gz may follow); was it the right one? "
+                "task.evaluate names the splits that are scored"
+            ],
         )
     try:
         with open_text(path) as lines:

@@ -18,7 +18,7 @@ import yaml
 
 from lowres.cli import main
 from lowres.cli.main import COMMANDS
-from lowres.core import errors
+from lowres.core import errors, paths
 from tests.conftest import ROOT
 
 
@@ -158,6 +158,23 @@ def test_a_run_from_the_command_line_leaves_everything_and_reports(
     assert lowres("report", str(folder)).returncode == 0
 
 
+def test_a_page_that_cannot_be_written_hides_no_run(
+    command: Callable[..., Any], raw_recipe: Callable[..., dict[str, Any]], in_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Behaviour: the table is there, the reason is told, and the run was a success."""
+    from lowres.report import page
+
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(page, "write_page", full)
+    Path("r.yaml").write_text(yaml.safe_dump(raw_recipe(loop={"steps": 1})))
+    done = command("run", "r.yaml", "--no-plan")
+    assert done.returncode == 0 and "majority" in done.stdout
+    assert "page could not be written" in done.stderr and "No space left" in done.stderr
+
+
 def test_wrong_input_exits_2_with_one_message(command: Callable[..., Any], in_folder: Path) -> None:
     """Behaviour: no traceback."""
     (in_folder / "bad.yaml").write_text("model: 3\n")
@@ -199,13 +216,42 @@ def test_of_several_processes_who_tells_what_went_wrong(
 
 def test_resume_takes_an_optional_value(in_folder: Path) -> None:
     """Closed form: how the words are read."""
-    from lowres.cli.main import _with_resume_value
+    from lowres.cli.main import _read
 
     (in_folder / "checkpoint-3").mkdir()
-    assert _with_resume_value(["run", "--resume", "r.yaml"]) == ["run", "--resume=latest", "r.yaml"]
-    assert _with_resume_value(["run", "r.yaml", "--resume"])[-1] == "--resume=latest"
+    assert _read(["run", "--resume", "r.yaml"]) == ["run", "--resume=latest", "r.yaml"]
+    assert _read(["run", "r.yaml", "--resume"])[-1] == "--resume=latest"
+    # A value may be longer than a file's name can be.
+    words = ["check", "r.yaml", "--set", "objective.pattern=" + "long " * 100]
+    assert _read(words) == words
     for value in ("latest", "checkpoint-3"):
-        assert _with_resume_value(["run", "--resume", value]) == ["run", "--resume", value]
+        assert _read(["run", "--resume", value]) == ["run", "--resume", value]
+
+
+def test_a_home_is_found_where_no_shell_has_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: `~` in arguments and after the sign of an option; elsewhere it is a letter."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    told = main._read(["export", "~/run", "--output=~/merged", "--set", "a=~/x", "--set=b=~c"])
+    assert told == ["export", "/home/me/run", "--output=/home/me/merged", "--set", "a=~/x",
+                    "--set=b=~c"]  # fmt: skip
+    monkeypatch.setenv("LOWRES_DATA", "~/data")
+    assert str(paths.data_folder()) == "/home/me/data"
+    monkeypatch.setenv("LOWRES_DATA", "")
+    assert str(paths.data_folder()) == paths.DEFAULT_DATA
+
+
+def test_what_the_system_refuses_is_one_message(
+    command: Callable[..., Any], in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: a folder that may not be entered, say; exit 1."""
+
+    def closed(*given: object, **named: object) -> None:
+        raise PermissionError(13, "Permission denied", "/closed/run")
+
+    monkeypatch.setattr(main, "app", closed)
+    done = command("report", "/closed/run")
+    assert done.returncode == 1 and "Permission denied: '/closed/run'" in done.stderr
 
 
 def test_resuming_from_a_path_that_is_not_there(
@@ -228,7 +274,12 @@ def test_a_plan_refuses_options_that_would_go_unheard(command: Callable[..., Any
         ["--model", model, "--gpu", "t4", "--gpu", "rtx-4090", "--exact"],
         ["--model", model, "--gpu", "t4", "--gpu", "rtx-4090", "--task", "gsm8k"],
         [recipe, recipe, "--diff", "--html", "page.html"],
+        ["--model", model, "--model", model, "--gpu", "t4", "--device-gib", "8"],
+        [recipe, "--gpu", "cpu", "--device-gib", "8"],
     ):
         done = command("plan", *told)
         assert done.returncode == 2, (told, done.stdout, done.stderr)
-        assert "does not go with" in done.stderr or "takes one" in done.stderr
+        said = ("does not go with", "takes one", "of it for one model", "a CPU takes")
+        assert any(text in done.stderr for text in said), done.stderr
+    done = command("report", ROOT / "benchmarks" / "records", "--planner", "--json")
+    assert done.returncode == 2 and "--planner prints a table" in done.stderr

@@ -140,6 +140,20 @@ def test_a_wrong_override_is_named(override: str, tmp_path: Path) -> None:
     assert "`--set`" in problems(text, tmp_path, override)[0]
 
 
+@pytest.mark.parametrize("name", ["2024-12-01", "2024-13-01"])
+def test_nothing_in_a_recipe_is_a_date(name: str, raw_recipe: Callable[..., Any]) -> None:
+    """Behaviour: a folder may be called like one, even like one that there is not."""
+    task = {"name": "sst2", "folder": "x"}
+    assert load_recipe(raw_recipe(task=task), [f"task.folder={name}"]).task.folder == name
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_a_seed_is_one_that_torch_takes(seed: str, raw_recipe: Callable[..., Any]) -> None:
+    """Behaviour."""
+    with pytest.raises(InputError, match="`loop.seed`"):
+        load_recipe(raw_recipe(), [f"loop.seed={seed}"])
+
+
 def test_a_file_that_is_not_there_or_not_text_is_one_message(tmp_path: Path) -> None:
     """Behaviour."""
     with pytest.raises(InputError, match="cannot be read"):
@@ -147,6 +161,9 @@ def test_a_file_that_is_not_there_or_not_text_is_one_message(tmp_path: Path) -> 
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read"):
         load_recipe(tmp_path / "b.yaml")
+    (tmp_path / "a.yaml").write_text("model: &a [*a]")
+    with pytest.raises(InputError, match="stands within what it names"):
+        load_recipe(tmp_path / "a.yaml")
     (tmp_path / "e.yaml").write_text("")
     with pytest.raises(InputError, match="holds no keys"):
         load_recipe(tmp_path / "e.yaml")

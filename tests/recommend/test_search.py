@@ -19,6 +19,7 @@ from lowres.planning.assumed import assumed_inputs
 from lowres.planning.matrix import METHODS, matrix
 from lowres.planning.rehearsal import rehearse
 from lowres.recommend.fit import fit
+from lowres.report.plan_table import print_matrix
 
 WIDE = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 4000, "num_hidden_layers": 6}
 
@@ -125,6 +126,18 @@ def test_a_table_of_models_by_cards(model: str) -> None:
     for method in METHODS:
         small, large = (c for c in found.cells if c.method == method)
         assert not small.fits or large.fits
+
+
+def test_a_table_says_of_a_cpu_what_is_needed_alone(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behaviour: its memory is that of the machine it is in, which is not known."""
+    cards = [devices.load("cpu"), devices.load("t4")]
+    found = matrix([model], cards)
+    assert {cell.fits for cell in found.cells if cell.card == cards[0].name} == {None}
+    print_matrix(found)
+    told = capsys.readouterr().out
+    assert "needs, " in told and "fits, " in told
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import lowres
+from lowres.run import card
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ import lowres
         ("encoder", {"method": "ia3", "model": {"checkpoint": "package:lowres/assets/tiny_lm"}}),
         ("decoder", {"method": "houlsby", "objective": "label_words"}),
         ("encoder", {"method": "prompt_tuning"}),
+        ("encoder", {"method": "prompt_tuning", "objective": "label_words"}),
         ("decoder", {"method": "full", "objective": "label_words"}),
     ],
 )
@@ -44,3 +46,14 @@ def test_its_code_loads_what_was_trained(
     saved = load_file(file)
     assert saved and saved.keys() <= held.keys()
     assert all(torch.equal(held[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_card_that_cannot_be_made_costs_no_run(
+    recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Behaviour: it is said, and the record stands."""
+    monkeypatch.setattr(card, "write", lambda *given: {}["nothing"])
+    done = lowres.run(recipe(loop={"steps": 1}), output_folder=tmp_path / "run", plan=False)
+    assert done.outcome == "ok" and (tmp_path / "run" / "record.json").exists()
+    assert "card could not be written" in capsys.readouterr().err

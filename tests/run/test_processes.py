@@ -20,7 +20,7 @@ PACKED = {
     ("changes", "words"),
     [
         ({"freezing": {"name": "lisa", "at_once": 1}}, "agree once"),
-        ({"levers": ["optimizer_offload"]}, "no longer be exchanged"),
+        ({"levers": ["optimizer_offload"]}, "`levers`: .*no longer be exchanged"),
         ({"levers": ["frozen_offload"], "method": "lora"}, "one kind of device"),
         ({"levers": [{"name": "sequence_packing", "max_tokens": 64}], **PACKED}, "max_tokens to"),
         ({"loop": {"global_batch_size": 12, "micro_batch_size": 4}}, "no multiple"),
