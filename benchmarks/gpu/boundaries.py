@@ -78,8 +78,8 @@ def foresee(case: Case, folder: Path, device: Device | None, length: int | None)
     """
     recipe = case.recipe(length)
     local = located(recipe, folder)
-    inputs = assumed_inputs(local)
-    told = f"assumed: rows of {recipe.loop.max_length} tokens"
+    inputs = assumed_inputs(local, padded=False)
+    told = f"assumed: every row has {recipe.loop.max_length} tokens"
     if case.varied:
         told = f"assumed: rows have 1 to 4 quarters of {recipe.loop.max_length} tokens by turns"
         vocabulary = inputs.config.get_text_config().vocab_size

@@ -98,7 +98,11 @@ def calibrate(
     context: int | None = 0  # off CUDA there is none
     fresh = device.type == "cuda" and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     here = of_torch(device)
-    stop_if_unwritable(calibration_path(here), makes_folders=True)
+    try:
+        stop_if_unwritable(calibration_path(here), makes_folders=True)
+    except InputError as error:
+        text = f"{error.problems[0].text}; set LOWRES_CACHE to a folder that can"
+        raise InputError(error.subject, [text]) from error
     if device.type == "cuda":
         before = _used_bytes(here) if fresh else None
         forward, backward = _workspaces(device)  # before anything else makes cuBLAS handles
