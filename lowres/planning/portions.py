@@ -111,8 +111,8 @@ def _larger(recipe: Recipe, data: Data, only_targets: bool, processes: int) -> l
             inputs, alike = batching.tokens(lengths), [len(r.labels) for r in group] == lengths
             labels = inputs if alike else len(group) * max(len(row.labels) for row in group)
             masked = len(group) > 1 if packed else inputs > sum(lengths)
-            every = (label for row in group for label in row.labels) if only_targets else ()
-            asked = sum(label != IGNORED for label in every)
+            every = [row.labels for row in group] if only_targets else []
+            asked = sum(len(labels) - labels.count(IGNORED) for labels in every)
             yield Size(inputs, labels, masked, asked)
 
     seen = set(sizes(min(1, updates - 1)))
