@@ -144,7 +144,7 @@ class MemoryPlan:
         depth: How the depth was covered: every block traced, or extended from fewer.
         unknown: Operations that the planner has no rule for; they widen the band.
         band_bytes: How far the real peak may lie above `needed_bytes`.
-        processes: That share each update on one machine; the plan is of the main one's share.
+        processes: That share each update; the plan is of the main one's share.
         updates: Numbers of those that were looked at, which are the largest of the run.
         changes: The ladder: each lever or smaller setting by itself.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from typing import Any
 
@@ -167,8 +168,9 @@ def host_limit(recipe: Recipe, device: Device | None, processes: int = 1) -> tup
         return gib_to_bytes(budget), f"budget.host_gib {budget:g} allows"
     if device is not None and (device.kind == "cpu" or device.uuid is not None):  # of this machine
         total = int(psutil.virtual_memory().total)
-        shared = f" for each of {processes} processes" if processes > 1 else ""
-        return total // processes, f"this machine has{shared}"
+        here = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))  # by launchers
+        shared = f" for each of {here} processes" if here > 1 else ""
+        return total // here, f"this machine has{shared}"
     return None
 
 

@@ -73,7 +73,9 @@ def test_changes_are_weighed_after_a_word_that_they_are(
     assert "no single change is enough" in lines[1]
 
 
-def test_a_limit_of_the_host_is_the_budget_or_this_machine(recipe: Callable[..., Any]) -> None:
+def test_a_limit_of_the_host_is_the_budget_or_this_machine(
+    recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Closed form: of a card that is not here nothing is known of its host."""
     from lowres.planning.plan import host_limit
 
@@ -82,6 +84,10 @@ def test_a_limit_of_the_host_is_the_budget_or_this_machine(recipe: Callable[...,
     assert host_limit(without, devices.load("t4")) is None
     limit = host_limit(without, devices.load("cpu"))
     assert limit is not None and limit[1] == "this machine has"
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     shared = host_limit(without, devices.load("cpu"), 4)
     assert shared == (limit[0] // 4, "this machine has for each of 4 processes")
     assert host_limit(with_budget, devices.load("cpu"), 4) == (2 * GIB, "budget.host_gib 2 allows")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of two machines
+    shared = host_limit(without, devices.load("cpu"), 4)
+    assert shared == (limit[0] // 2, "this machine has for each of 2 processes")
