@@ -118,14 +118,13 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
     """
     chosen: dict[tuple[str, str], list[str]] = {}
     first: dict[str, float] = {}
-    hopeless: set[tuple[str, str]] = set()
     out, failed = [], []
     for seed in suite.seeds:
         for group, task_settings, entries in _groups(suite, say):
             home = records / group / _device()
             for name, (recipe, own) in entries.items():
                 settings = [*suite.settings, *task_settings, *own]
-                if (group, name) in chosen.keys() | hopeless:
+                if (group, name) in chosen or f"{group}/{name}" in failed:
                     continue
                 if suite.search is None:
                     chosen[group, name] = settings
@@ -141,7 +140,6 @@ def run(suite: Suite, records: Path, scratch: Path, say: Callable[[str], None]) 
                 except RunFailed as error:
                     say(str(error))
                     failed.append(f"{group}/{name}")
-                    hopeless.add((group, name))
             for name, (recipe, _) in entries.items():
                 if (group, name) not in chosen:
                     continue

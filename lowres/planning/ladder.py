@@ -112,7 +112,7 @@ class _Scale:
             change.fits is False
             and self.card is not None
             and self.card.kind != "cpu"
-            and (planning.device_fits(change.needed_bytes, self.card))
+            and planning.device_fits(change.needed_bytes, self.card)
         )
         # Room lost between tensors differs from layout to layout: no difference tells it.
         lost = abs(found.needed_bytes - self.base.needed_bytes)

@@ -13,7 +13,6 @@ from lowres.core.rotation import Rotating
 from lowres.making.data import Data, Order, updates_of
 
 if TYPE_CHECKING:
-    from lowres.core.learner import Learner
     from lowres.core.parts import Objective
 
 USUAL_UPDATES = 32
@@ -54,20 +53,15 @@ class Size(NamedTuple):
 
 
 def updates_shown(
-    recipe: Recipe, data: Data, names: Sequence[str], learner: Learner, processes: int = 1,
-    few: bool = False,
-) -> list[Shown]:  # fmt: skip
-    """The first two updates, which have the longest rows; before the second those that are larger
+    recipe: Recipe, data: Data, names: Sequence[str], larger: Sequence[int] = ()
+) -> list[Shown]:
+    """The first two updates, which have the longest rows; before the second those that are `larger`
     than it in something else; and where blocks rotate, the same of the period that reaches lowest,
     which keeps most for backward.
 
     Args:
         names: Of all blocks.
-        learner: Says whether logits are made for targets alone.
-        processes: That share each update; the main one's share is shown.
-        few: Only what the first two and the lowest period tell.
     """
-    larger = [] if few else _larger(recipe, data, learner.only_targets, processes)
     shown = [Shown(0, 0), *(Shown(1, update) for update in larger), Shown(1, 1)]
     freezing, updates = recipe.freezing, updates_of(recipe, len(data.train))
     if not isinstance(freezing, Rotating):
@@ -90,17 +84,18 @@ def updates_shown(
         return shown
     if first == 0:
         return shown
-    again = [first + 1] if first + 1 < updates else []
-    lowest_period = [
-        *(Shown(first, update) for update in (1, *larger)),
-        *(Shown(turn, 1) for turn in again),
-    ]
-    return [*shown, *lowest_period]
+    shown += [Shown(first, update) for update in (1, *larger)]
+    return shown + [Shown(first + 1, 1)] * (first + 1 < updates)
 
 
-def _larger(recipe: Recipe, data: Data, only_targets: bool, processes: int) -> list[int]:
+def larger(recipe: Recipe, data: Data, only_targets: bool, processes: int = 1) -> list[int]:
     """Updates after the first with a micro-batch that is largest in something, and larger in it
-    than those of the second update."""
+    than those of the second update.
+
+    Args:
+        only_targets: Logits are made for targets alone.
+        processes: That share each update; the main one's share is looked at.
+    """
     order, updates = _order(recipe, data)
     batching, size = batching_of(recipe), recipe.loop.micro_batch_size
     packed = "packed" in {one for lever in recipe.levers for one in lever.brought()}

@@ -164,9 +164,10 @@ class _Stage:
             module, optimizer = self.accelerator.prepare(built.model, built.optimizer)
         load = tracer.start_anew()
         learner = dataclasses.replace(built.learner, module=module)
-        self.shown = portions.updates_shown(
-            self.recipe, self.inputs.data, self.names, learner, self.processes, self.quick
-        )
+        if not self.quick:
+            data = self.inputs.data
+            larger = portions.larger(self.recipe, data, learner.only_targets, self.processes)
+            self.shown = portions.updates_shown(self.recipe, data, self.names, larger)
         tracer.hold(scenes.weights_of(learner))
         if self.target.kind == "cuda":  # What waits on the host was loaded there.
             self.loads_on_device &= not any(host.holds(p) for p in built.model.parameters())
@@ -174,7 +175,6 @@ class _Stage:
             engine = build.engine_of(self.recipe, self.accelerator, learner, optimizer)
         scenes.watch_updates(engine, tracer, self.categories.name)
         scenes.hold_own(engine, tracer, self.processes, self.saved_bytes)
-
         tokens = passes = repeats = 0.0
         with self._following(learner), translating(tracer, self.target):
             for number, shown in enumerate(self.shown):
@@ -226,7 +226,7 @@ class _Stage:
 
     def _choose(self, learner: Learner) -> Blocks:
         recipe, names = self.recipe, learner.blocks.names
-        self.shown = portions.updates_shown(recipe, self.inputs.data, names, learner, few=True)
+        self.shown = portions.updates_shown(recipe, self.inputs.data, names)
         if not isinstance(recipe.freezing, Scored):
             return recipe.freezing.blocks(learner, build.sample_of(recipe, self.inputs))
         self._look(recipe.freezing.scores, learner)

@@ -104,9 +104,8 @@ def test_the_lowest_period_is_planned(name: str, recipe: Callable[..., Any]) -> 
     one = recipe(model=model, freezing={"name": name, "period": 2, "seed": 3},
                  objective="label_words", loop={"steps": 20})  # fmt: skip
     inputs = read(one)
-    learner = build(one).learner
-    names = learner.blocks.names
-    shown = portions.updates_shown(one, inputs.data, names, learner)
+    names = build(one).learner.blocks.names
+    shown = portions.updates_shown(one, inputs.data, names)
     lows = [min(map(names.index, one.freezing.active(names, turn))) for turn in range(10)]
     assert lows[shown[-1].turn // 2] == min(lows)
     short, whole = (rehearse(one, inputs, Target("cpu"), whole=w) for w in (False, True))

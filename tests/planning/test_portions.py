@@ -112,13 +112,14 @@ def test_updates_that_are_larger_in_something_than_those_with_the_longest_rows_a
     )
     inputs = build.read(one)
     learner = build.build(one).learner
-    first, larger, second = portions.updates_shown(one, inputs.data, [], learner)
+    found = portions.larger(one, inputs.data, learner.only_targets)
+    first, larger, second = portions.updates_shown(one, inputs.data, [], found)
     assert (first.rows, second.rows) == (0, 1) and larger.rows > 1
     record = lowres.run(one, output_folder=tmp_path / "out", quiet=True)
     assert record.plan is not None and record.plan["updates"] == [0, 1, larger.rows]
     planned = record.plan["phases"]["steady_steps"]["live_bytes"]
     assert planned == record.measured.phases["steady_steps"].live_bytes
-    monkeypatch.setattr(portions, "_larger", lambda *given: [])
+    monkeypatch.setattr(portions, "larger", lambda *given: [])
     assert plan.plan(one, devices.load("cpu")).phases["steady_steps"].live_bytes < planned
 
 
@@ -140,37 +141,38 @@ def test_of_several_processes_the_share_of_the_main_one_is_looked_at(
     """Closed form: update 2 has the longest row, of another process; of the main one's rows those
     of update 3 are longest."""
     one = recipe(loop={"steps": 4, "global_batch_size": 2, "micro_batch_size": 1})
-    learner: Any = SimpleNamespace(only_targets=False)
     order = Order([1] * 8, 2, 4, one.loop.seed)
     lengths = {order.rows(u)[i]: n for u, pair in enumerate(
         [(1, 9), (1, 9), (2, 3), (5, 3)]) for i, n in enumerate(pair)}  # fmt: skip
     data = Data([Row("", {"input_ids": [1] * lengths[i]}, [1] * lengths[i]) for i in range(8)],
                 [], {})  # fmt: skip
-    shown = portions.updates_shown(one, data, [], learner)
-    assert [update.rows for update in shown] == [0, 1]
-    shown = portions.updates_shown(one, data, [], learner, processes=2)
-    assert [update.rows for update in shown] == [0, 3, 1]
+    assert portions.larger(one, data, only_targets=False) == []
+    assert portions.larger(one, data, only_targets=False, processes=2) == [3]
     assert [row.length for row in portions.rows_of(one, data, 3, 2)] == [5]
 
 
+@pytest.mark.parametrize("seed", [3, 5, 4], ids=["first turn", "second turn", "third turn"])
 @pytest.mark.parametrize("period", [1, 2])
 def test_where_blocks_rotate_the_lowest_period_trains_on_the_largest_rows(
-    period: int, recipe: Callable[..., Any]
+    period: int, seed: int, recipe: Callable[..., Any]
 ) -> None:
     """Behaviour: and no block set is rehearsed twice running where each update has another one, for
     its states are dropped between."""
-    one = recipe(freezing={"name": "badam", "period": period, "seed": 3}, objective="label_words",
-                 loop={"steps": 24, "global_batch_size": 2, "micro_batch_size": 2})  # fmt: skip
-    learner: Any = SimpleNamespace(only_targets=False)
-    # Fifteen updates of rows of many lengths; in the rest full ones without padding.
-    data = Data([Row("", {"input_ids": [1] * n}, [1]) for n in [*range(1, 31), *[31] * 18]],
-                [], {})  # fmt: skip
+    rotating = {"name": "badam", "period": period, "seed": seed}
+    loop = {"steps": 24, "global_batch_size": 2, "micro_batch_size": 2}
+    one = recipe(freezing=rotating, objective="label_words", loop=loop)
+    # The sixth update has a short row with the longest answer.
+    rows = [Row("", {"input_ids": [1] * 31}, [1]) for _ in range(48)]
+    rows[Order([1] * 48, 2, 24, one.loop.seed).rows(5)[0]] = Row("", {"input_ids": [1]}, [1] * 40)
+    data = Data(rows, [], {})
     names = ["a", "b", "c"]
     freezing: Any = one.freezing
     lows = [min(map(names.index, freezing.active(names, turn))) for turn in range(24 // period)]
-    shown = portions.updates_shown(one, data, names, learner)
+    larger = portions.larger(one, data, only_targets=False)
+    assert larger == [5]
+    shown = portions.updates_shown(one, data, names, larger)
     lowest = {u.rows for u in shown if lows[u.turn // period] == min(lows)}
-    assert lowest >= {u.rows for u in shown} - {0}
+    assert lowest >= {1, 5}
     assert all(u.turn < 24 and u.rows < 24 for u in shown)
     if period == 1:
         assert all(a.turn != b.turn for a, b in zip(shown, shown[1:], strict=False))

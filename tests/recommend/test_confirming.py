@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lowres.core.errors import InputError
 from lowres.core.plan import Candidate
 from lowres.core.units import GIB
 from lowres.making import build
@@ -60,7 +61,7 @@ def test_minutes_are_those_of_rows_as_long_as_they_are(recipe: Callable[..., Any
     ]
     pool = [choice(one, 1)]
     assert confirming.in_time(pool, data, 1.01, []) == pool
-    with pytest.raises(Exception, match="planned to take 1"):
+    with pytest.raises(InputError, match="planned to take 1"):
         confirming.in_time(pool, data, 0.99, [])
 
 
