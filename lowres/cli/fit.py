@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lowres.cli._page import Page, tell
+
 if TYPE_CHECKING:
     from lowres.core.record import RunRecord
 
@@ -54,9 +56,7 @@ def command(
         typer.Option(metavar="FILE", help="Where the recipe goes, over an earlier one; fit.yaml."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-    html: Annotated[
-        Optional[Path], typer.Option(metavar="FILE", help="Write one self-contained page.")
-    ] = None,
+    html: Page = None,
 ) -> None:
     """Search method, levers, optimizer, freezing, rows and length for a card.
 
@@ -69,10 +69,6 @@ def command(
 
     place = output or Path("fit.yaml")
     _stop_if_taken(place)
-    if html is not None:
-        from lowres.report.page import stop_if_no_page
-
-        stop_if_no_page(html)
     if gpu is None and device_gib is None:
         device = devices.present()
         if device is None:
@@ -96,9 +92,8 @@ def command(
         from lowres.report.plan_table import print_fit
 
         print_fit(found)
-    for name, path in (("recipe", place if found.recipe is not None else None), ("page", html)):
-        if path is not None:
-            typer.echo(f"{name}: {path}", err=as_json)
+    tell("recipe", None if found.recipe is None else place, as_json=as_json)
+    tell("page", html, as_json=as_json)
     if found.recipe is None:
         raise typer.Exit(3)
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lowres.cli._page import Page, tell
+
 if TYPE_CHECKING:
     from lowres.core.recipe import Recipe
     from lowres.memory.catalogue import Device
@@ -51,9 +53,7 @@ def command(
         bool, typer.Option(help="Weigh each lever and smaller setting by itself, too.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-    html: Annotated[
-        Optional[Path], typer.Option(metavar="FILE", help="Write one self-contained page.")
-    ] = None,
+    html: Page = None,
 ) -> None:
     """Predict memory by phase and category, and the time of an update. Needs no GPU or weights.
 
@@ -64,10 +64,6 @@ def command(
     from lowres.planning.ladder import ladder
     from lowres.planning.plan import plan
 
-    if html is not None:
-        from lowres.report.page import stop_if_no_page
-
-        stop_if_no_page(html)
     models, cards, sizes = model or [], gpu or [], device_gib or []
     budgeted = len(cards) == len(sizes) == 1  # so much of that card, and not two cards
     if budgeted and len(models) > 1:
@@ -112,8 +108,7 @@ def command(
         typer.echo(to_json(found))
     else:
         print_changes(found.changes, LADDER)
-    if html is not None:
-        typer.echo(f"page: {html}", err=as_json)
+    tell("page", html, as_json=as_json)
 
 
 def _stop_at(given: dict[str, object], beside: str) -> None:
@@ -177,8 +172,7 @@ def _matrix(
         typer.echo(matrix_to_json(found))
     else:
         print_matrix(found)
-    if html is not None:
-        typer.echo(f"page: {html}", err=as_json)
+    tell("page", html, as_json=as_json)
 
 
 def _device(gpu: str | None, device_gib: float | None) -> Device | None:

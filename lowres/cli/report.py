@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lowres.cli._page import Page, tell
 
 if TYPE_CHECKING:
     from lowres.core.record import RunRecord
@@ -23,12 +25,7 @@ def command(
         list[Path],
         typer.Argument(metavar="DIR|RECORD...", help="Records, or folders that hold records."),
     ],
-    html: Annotated[
-        Optional[Path],
-        typer.Option(
-            metavar="FILE", help="Write one self-contained page; replaces one that is there."
-        ),
-    ] = None,
+    html: Page = None,
     planner: Annotated[
         bool, typer.Option("--planner", help="How far plans were from what was measured.")
     ] = False,
@@ -42,10 +39,6 @@ def command(
 
     if planner and as_json:
         raise InputError("the command", ["--planner prints a table; --json gives whole records"])
-    if html is not None:
-        from lowres.report.page import stop_if_no_page
-
-        stop_if_no_page(html)
     # A dict keeps order and drops a record that is named twice.
     files = list(dict.fromkeys(f.resolve() for place in places for f in record_files(place)))
     records = [record_module.from_file(f) for f in files]
@@ -61,8 +54,7 @@ def command(
         print_errors(records)
     else:
         _print(records)
-    if html is not None:
-        typer.echo(f"page: {html}", err=as_json)
+    tell("page", html, as_json=as_json)
 
 
 def record_files(place: Path) -> list[Path]:

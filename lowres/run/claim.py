@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import platform
 import re
@@ -158,8 +157,7 @@ def _record_in(folder: Path) -> RunRecord | None:
 
 
 def _next(recipe: Recipe) -> Path:
-    taken = [_number(p, stem(recipe)) for p in DEFAULT_ROOT.glob(f"{glob.escape(stem(recipe))}-*")]
-    return DEFAULT_ROOT / f"{stem(recipe)}-{max(taken, default=0) + 1}"
+    return DEFAULT_ROOT / f"{stem(recipe)}-{max(_numbered(recipe), default=0) + 1}"
 
 
 def stop_if_finished(folder: Path, found: Path) -> None:
@@ -195,28 +193,24 @@ def find_resumable(recipe: Recipe, asked: Path | None, resume: str) -> tuple[Pat
             raise InputError(f"'{folder}'", ["there is no such checkpoint to resume from"])
         return folder.resolve().parent, folder
     if asked is not None:
-        candidates = [asked]
+        runs = [asked]
     else:
-        runs = [
-            p
-            for p in DEFAULT_ROOT.glob(f"{glob.escape(stem(recipe))}-*")
-            if _number(p, stem(recipe))
-        ]
-        candidates = sorted(runs, key=lambda p: _number(p, stem(recipe)))[-1:]
-    for folder in candidates:
-        there = checkpoints(folder)
-        if there:
-            return folder, there[-1]
-    where = candidates[0] if candidates else f"{DEFAULT_ROOT}/{stem(recipe)}-*"
-    raise InputError(
-        f"'{where}'",
-        [
-            "holds no checkpoint to resume from; loop.save_every writes them, "
-            "or run without --resume"
-        ],
+        runs = [p for _, p in sorted(_numbered(recipe).items())]
+    if runs and (there := checkpoints(runs[-1])):
+        return runs[-1], there[-1]
+    where = runs[-1] if runs else f"{DEFAULT_ROOT}/{stem(recipe)}-*"
+    # Not gone on with unasked: it may be a run that was meant to be left.
+    before = [there[-1] for run in runs[:-1] if (there := checkpoints(run))]
+    mend = (
+        f"`--resume {before[-1]}` goes on with an earlier run"
+        if before
+        else "loop.save_every writes them, or run without --resume"
     )
+    raise InputError(f"'{where}'", [f"holds no checkpoint to resume from; {mend}"])
 
 
-def _number(path: Path, name: str) -> int:
-    found = re.fullmatch(re.escape(name) + r"-(\d+)", path.name)
-    return int(found.group(1)) if found else 0
+def _numbered(recipe: Recipe) -> dict[int, Path]:
+    """The `runs/<recipe>-<n>` that are there, by n."""
+    named = re.compile(re.escape(stem(recipe)) + r"-(\d+)")
+    there = DEFAULT_ROOT.iterdir() if DEFAULT_ROOT.is_dir() else ()
+    return {int(found[1]): p for p in there if (found := named.fullmatch(p.name))}

@@ -289,6 +289,21 @@ def test_resuming_what_is_not_there(recipe: Callable[..., Any], tmp_path: Path) 
         lowres.run(recipe(), resume=str(tmp_path / "checkpoint-3"), quiet=True)
 
 
+def test_resuming_names_an_earlier_run_that_has_checkpoints(
+    recipe: Callable[..., Any], in_folder: Path
+) -> None:
+    """Behaviour: it is not gone on with unasked, but named, the latest checkpoint of all."""
+    for run in (2, 9, 10):
+        (in_folder / "runs" / f"grammaticality-full-{run}").mkdir(parents=True)
+    for made in ("2/checkpoint-5", "9/checkpoint-3", "9/checkpoint-12"):
+        (in_folder / "runs" / f"grammaticality-full-{made}").mkdir()
+    with pytest.raises(InputError, match="(?s)full-10.*holds no .*--resume .*9.checkpoint-12`"):
+        lowres.run(recipe(), resume="latest", quiet=True)
+    (in_folder / "runs" / "grammaticality-full-10").rmdir()
+    with pytest.raises(InputError, match="(?s)full-9.checkpoint-12.*is no checkpoint of lowres"):
+        lowres.run(recipe(), resume="latest", quiet=True)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
