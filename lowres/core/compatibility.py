@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowres.core.errors import InputError
+from lowres.core.paths import write_whole
 from lowres.core.recipe import Recipe
 
 PATH = Path(__file__).resolve().parent.parent / "assets" / "compatibility" / "cpu.json"
@@ -78,13 +79,10 @@ class Table:
             raise InputError(f"'{path}'", [f"is no compatibility table: {error}"]) from None
 
     def write(self, path: Path = PATH) -> None:
-        """Write it aside and rename it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         cells = {key: asdict(self.cells[key]) for key in sorted(self.cells)}
-        aside = path.with_suffix(".partial")
         text = json.dumps({"environment": self.environment, "cells": cells}, indent=1)
-        aside.write_text(text + "\n", encoding="utf-8")
-        aside.rename(path)
+        write_whole(path, text + "\n")
 
     def of(self, recipe: Recipe) -> list[tuple[str, Cell | None]]:
         """What was tried of a recipe: its own combination, or else what that is made of."""

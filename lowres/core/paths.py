@@ -47,6 +47,18 @@ def stop_if_unwritable(path: Path, *, makes_folders: bool = False) -> None:
     raise InputError(f"'{path}'", [f"cannot be written: {why}"])
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file aside and rename it: a reader never sees half of it, and where it cannot be
+    written, what was there stays.
+    """
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def find(name: str) -> Path | None:
     """A file or folder as named, else under the data folder, else None."""
     for candidate in (Path(name).expanduser(), data_folder() / name):

@@ -6,7 +6,6 @@ The result lies in the user's cache folder, where `device.stored` finds it.
 from __future__ import annotations
 
 import datetime
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from lowres.core.errors import InputError
-from lowres.core.paths import stop_if_unwritable
+from lowres.core.paths import stop_if_unwritable, write_whole
 from lowres.core.units import MIB
 from lowres.memory.catalogue import Bytes, Device, Dtype, Rate
 from lowres.memory.device import calibration_path, of_torch, versions
@@ -132,13 +131,11 @@ def calibrate(
 
 
 def _store(calibration: Calibration, device: Device) -> None:
-    """Written aside and renamed: a reader never sees half of it."""
     path = calibration_path(device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        aside.write_bytes(_ADAPTER.dump_json(calibration, indent=1, exclude_none=True) + b"\n")
-        os.replace(aside, path)
+        text = _ADAPTER.dump_json(calibration, indent=1, exclude_none=True).decode()
+        write_whole(path, text + "\n")
     except OSError as error:
         text = f"cannot be written: {error}; set LOWRES_CACHE to a folder that can"
         raise InputError(str(path), [text]) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from lowres.core import record as record_module
+from lowres.core.paths import write_whole
 from lowres.core.recipe import Recipe
 from lowres.core.record import RunRecord
 from lowres.run.checkpoint import Progress
@@ -85,7 +85,4 @@ def write_recipe(output: Path, recipe: Recipe) -> None:
 
 
 def write_record(output: Path, record: RunRecord) -> None:
-    """Written aside and renamed: a reader never sees half a record."""
-    aside = output / f"{RECORD}.partial"
-    aside.write_text(record_module.to_json(record), encoding="utf-8")
-    os.replace(aside, output / RECORD)
+    write_whole(output / RECORD, record_module.to_json(record))
