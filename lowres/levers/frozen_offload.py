@@ -71,11 +71,12 @@ class FrozenOffload(Lever):
                 f"freezing '{recipe.freezing.name}' trains every block sooner or later, so none "
                 "can wait on the host; use 'optimizer_offload', or freezing 'prefix'"
             )
-        if any(lever.name == "int8_weights" for lever in recipe.levers):
-            yield (
-                "layers of 'int8_weights' hold their weights a second time, which would stay on "
-                "the device; use 'nf4_weights'"
-            )
+        for lever in recipe.levers:
+            if "int8" in lever.brought():
+                yield (
+                    f"layers of '{lever.name}' hold their weights a second time, which would stay "
+                    "on the device; use 'nf4_weights'"
+                )
 
     def alone(self) -> str:
         return "moves weights that several processes would want on one kind of device; drop it"

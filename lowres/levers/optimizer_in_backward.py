@@ -37,11 +37,12 @@ class OptimizerInBackward(Lever):
         from lowres.core import in_backward
 
         yield from in_backward.refusals(recipe)
-        if any(lever.name == "zero" for lever in recipe.levers):
-            yield (
-                "'zero' takes each gradient away and updates by itself when all are there; drop "
-                "one of the two"
-            )
+        for lever in recipe.levers:
+            if "updated_apart" in lever.brought():
+                yield (
+                    f"'{lever.name}' takes each gradient away and updates by itself when all are "
+                    "there; drop one of the two"
+                )
         reason = recipe.optimizer.refuses.get("in_backward")
         if reason is not None:
             yield f"'{recipe.optimizer.name}' {reason}"

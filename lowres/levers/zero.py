@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lowres.core.errors import InputError
 from lowres.core.parts import Circumstance, Lever, NonNegativeInt, PositiveInt, part
 from lowres.core.rotation import Rotating
+from lowres.levers._weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -126,9 +127,7 @@ class Zero(Lever):
                     "DeepSpeed's checkpoints of what lies on nvme do not bring the weights back, "
                     "so a run could not be resumed; set loop.save_every to null, or offload to cpu"
                 )
-        if zero.get("stage") == 3 and any(
-            lever.name.endswith("_weights") for lever in recipe.levers
-        ):
+        if zero.get("stage") == 3 and any(isinstance(lever, Weights) for lever in recipe.levers):
             yield (
                 "stage 3 divides weights of one type that it can read; use stage 2, or drop the "
                 "lever that holds them in another form"

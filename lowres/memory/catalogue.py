@@ -43,6 +43,7 @@ class Device:
         matmul_workspace_bytes: Measured for one cuBLAS handle; None: ask `device.workspace_bytes`.
         calibrated: Rates were reached here by large products and copies. Otherwise they are peaks
             that no program reaches.
+        ignored: Why a calibration that is there is not used; empty where there is none.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Device:
     uuid: Optional[str] = None
     matmul_workspace_bytes: Optional[Bytes] = None
     calibrated: bool = False
+    ignored: str = ""
 
 
 def names() -> list[str]:

@@ -230,14 +230,14 @@ def calibration_path(device: Device) -> Path:
     return cache_folder() / f"calibration-{key}.json"
 
 
-def stored(device: Device) -> tuple[Device, str]:
-    """The device with the figures measured on it, and a remark on where its figures come from.
+def stored(device: Device) -> Device:
+    """The device with the figures that were measured on it, where there are some.
 
-    The remark also says when a calibration is ignored: a broken one, or under other versions.
+    A calibration that is broken, or of other versions, is left out; `ignored` says why.
     """
     path = calibration_path(device)
     if not path.exists():
-        return device, "the device's file; `lowres doctor --calibrate` measures it"
+        return device
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         then, figures, date = found["versions"], found["figures"], found["date"]
@@ -245,7 +245,9 @@ def stored(device: Device) -> tuple[Device, str]:
         measured = dataclasses.replace(device, **figures, sources=sources, calibrated=True)
         changed = [f"{k} was {then[k]}, is {v}" for k, v in versions().items() if then[k] != v]
     except (OSError, ValueError, KeyError, TypeError):
-        return device, f"the device's file; {path} is ignored, for it is no calibration"
+        changed = [f"{path} is no calibration"]
     if changed:
-        return device, f"the device's file; its calibration is ignored: {'; '.join(changed)}"
-    return measured, f"a calibration of {date}"
+        mend = "`lowres doctor --calibrate` measures it anew"
+        why = f"the device's calibration is ignored: {'; '.join(changed)}; {mend}"
+        return dataclasses.replace(device, ignored=why)
+    return measured

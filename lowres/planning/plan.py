@@ -64,7 +64,7 @@ def plan(
     except InputError as error:
         raise recipe.located(error) from error
     target = target_of(device)
-    notes: list[str] = []
+    notes = [device.ignored] if device is not None and device.ignored else []
     try:
         done = rehearse(recipe, inputs, target, whole=exact, processes=processes)
     except DoesNotRepeat as why:
@@ -126,7 +126,7 @@ def choose_card(recipe: Recipe, device: Device | None) -> tuple[Device | None, C
             device = devices.generic(budget)
         if device is None:
             return None, None
-    device, _ = devices.stored(device)
+    device = devices.stored(device)
     return device, devices.card(device, None if device.kind == "cpu" else budget)
 
 

@@ -61,7 +61,7 @@ def fit(
         InputError: For a model, task or card that cannot be searched for.
     """
     started = time.monotonic()
-    device, _ = devices.stored(devices.beside_others(device))
+    device = devices.stored(devices.beside_others(device))
     start = starting_recipe(model, task)
     start["budget"] = {
         key: value for key, value in (("device_gib", device_gib), ("host_gib", host_gib),
@@ -82,7 +82,7 @@ def fit(
     if goal != "context":
         whole = min(whole, whole_length(None if data is None else data.train, longest))
     found: list[Choice] = []
-    notes: list[str] = []
+    notes = [device.ignored] if device.ignored else []
     *_, last = stages()
     for stage in stages():
         weigh = functools.partial(_weigh, device, card, probe, longest, evidence, {})

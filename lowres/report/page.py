@@ -46,7 +46,7 @@ def write_html(text: str, path: Path) -> None:
     """Write a page under a page's name alone; raises as `write_page`."""
     stop_if_no_page(path)
     try:
-        paths.write_whole(path, text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"'{path}'", [f"cannot be written: {error.strerror}"]) from None
 

@@ -210,7 +210,7 @@ def _limit(recipe: Recipe, accelerator: Any, reporter: Reporter) -> None:
             reporter.say(
                 f"budget.device_gib {device_gib} is more than the device's {format_bytes(total)}"
             )
-        device, _ = devices.stored(devices.of_torch(accelerator.device))
+        device = devices.stored(devices.of_torch(accelerator.device))
         most = devices.card(device, device_gib).available_bytes
     torch.cuda.set_per_process_memory_fraction(most / total, index)
 

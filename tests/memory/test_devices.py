@@ -18,8 +18,9 @@ from lowres.core.errors import InputError
 from lowres.core.units import GIB, MIB
 from lowres.memory import calibrate as calibrating
 from lowres.memory import device as devices
+from lowres.planning.plan import plan
 
-NO_FIGURES = {"name", "kind", "sources", "uuid", "calibrated"}
+NO_FIGURES = {"name", "kind", "sources", "uuid", "calibrated", "ignored"}
 CPU = torch.device("cpu")
 
 
@@ -222,39 +223,42 @@ def test_what_others_hold_of_the_card_is_not_offered(monkeypatch: pytest.MonkeyP
 def test_a_calibration_is_stored_and_stands_in_for_the_file(cache: Path) -> None:
     """Behaviour, on the CPU: figures measured here, and only those, replace the file's."""
     plain = devices.load("cpu")
-    assert devices.stored(plain) == (
-        plain, "the device's file; `lowres doctor --calibrate` measures it",
-    )  # fmt: skip
+    assert devices.stored(plain) == plain
     measured = small_calibration()
     assert measured.matmul_handles is None and measured.to_host_bytes_per_second is None
     path = devices.calibration_path(plain)
     assert [path] == list(cache.rglob("*.*")), "one file, nothing left aside"
-    device, remark = devices.stored(plain)
-    assert remark == f"a calibration of {measured.date}"
-    assert device.calibrated and not plain.calibrated
+    device = devices.stored(plain)
+    assert device.calibrated and not plain.calibrated and not device.ignored
     assert device.rates == measured.figures.rates and set(device.rates or ()) >= {"float32"}
     assert device.launch_seconds == measured.figures.launch_seconds
     assert 1e-8 < measured.figures.launch_seconds < 1e-2
     assert device.context_bytes == 0 and device.total_bytes == plain.total_bytes
-    assert device.sources["rates"] == remark.removeprefix("a ")
+    assert device.sources["rates"] == f"calibration of {measured.date}"
     assert device.sources["total_bytes"] == plain.sources["total_bytes"]
 
 
-def test_a_calibration_under_other_versions_is_ignored_and_said_so(cache: Path) -> None:
-    """Behaviour: also one that is broken, or that holds a figure no device has."""
+def test_a_calibration_under_other_versions_is_ignored_and_said_so(
+    cache: Path, recipe: Callable[..., Any]
+) -> None:
+    """Behaviour: also one that is broken, or that holds a figure no device has; a plan says so."""
     small_calibration()
     plain = devices.load("cpu")
     path = devices.calibration_path(plain)
     right = json.loads(path.read_text())
     path.write_text(json.dumps(right | {"versions": right["versions"] | {"torch": "1.0"}}))
-    device, remark = devices.stored(plain)
-    assert device == plain and "torch was 1.0, is " in remark
+    device = devices.stored(plain)
+    assert "torch was 1.0, is " in device.ignored
+    assert dataclasses.replace(device, ignored="") == plain
+    told = plan(recipe(), plain).notes
+    assert told == [device.ignored]
     for broken in ("", "[]", "{}", json.dumps(right | {"figures": {"rates": {"int3": 1.0}}}),
                    json.dumps(right | {"figures": {"colour": 1}}),
                    json.dumps(right | {"versions": {}})):  # fmt: skip
         path.write_text(broken)
-        device, remark = devices.stored(plain)
-        assert device == plain and "is no calibration" in remark, broken
+        device = devices.stored(plain)
+        assert "is no calibration" in device.ignored, broken
+        assert dataclasses.replace(device, ignored="") == plain
 
 
 def test_a_cache_folder_that_cannot_be_written_is_an_error_in_words(
