@@ -24,6 +24,8 @@ INTRODUCTION = (
     "held by live tensors, *resident* the peak resident memory\nof the process over its value "
     "before loading; they are different quantities. Times of an update are from runs one\nafter "
     "the other on machines that others used too: what differs by a tenth may not differ.\n"
+    "Of searched values the one in bold was taken: of those within one standard error of the best\n"
+    "the one that the suite's first task took, else the lowest.\n"
 )
 
 

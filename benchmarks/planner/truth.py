@@ -2,7 +2,7 @@
 
     python -m benchmarks.planner.truth [--only TEXT] [--records DIR]
 
-Three kinds of models, every method and lever there is, batches, lengths, types. Each run's record
+Three kinds of models, every lever and optimizer, batches, lengths, types. Each run's record
 holds what was planned beside what was measured; a record that is there already is kept, so the
 command goes on where it was stopped.
 """

@@ -66,7 +66,7 @@ def without_dropout(model: str, folder: Path) -> str:
 
 
 def measurable() -> list[str]:
-    """Levers that a process may pull and let go again; the others are not planned either."""
+    """Levers that a process may pull and let go again."""
     return [n for n in registry.names("lever") if not registry.load("lever", n).whole_process]
 
 
@@ -111,6 +111,8 @@ def accepted(
 def recipes(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and keys of all recipes, those that cannot be combined included.
 
+    Of methods a few; `benchmarks.methods` compares the plan of each with what is measured.
+
     Args:
         folder: Empty; for a model and data.
     """
@@ -120,9 +122,8 @@ def recipes(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         "full": {"name": "full"},
         "lora": {"name": "lora"},
         "lora-all": {"name": "lora", "rank": 4, "targets": "all-linear", "dropout": 0.1},
+        "bitfit": {"name": "bitfit"},
     }
-    for name in registry.names("method"):
-        methods.setdefault(name, {"name": name, **registry.load("method", name).sample_fields})
     levers = [[], *([{"name": n, **registry.load("lever", n).sample_fields}] for n in measurable())]
     levers += [[{"name": name} for name in several] for several in TOGETHER]
     for (kind, model), (method, fields), chosen in itertools.product(

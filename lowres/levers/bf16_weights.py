@@ -17,7 +17,7 @@ from lowres.levers._weights import NarrowWeights
 @part
 class Bf16Weights(NarrowWeights):
     """8 bits of precision, the range of float32. Trained matrices are held so, too: an update
-    smaller than 1/256 of a weight is lost.
+    smaller than 1/512 of a weight is lost, and one below 1/256 of it may be.
     """
 
     tolerance: ClassVar[float] = 2**-8  # half of the last of 8 bits, in each weight
