@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lowres.core.errors import InputError
 from lowres.core.example import Example
+from lowres.core.parts import part
 from lowres.tasks import _files
+from lowres.tasks._classification import Classification
 
 
 @dataclass(frozen=True)
@@ -39,26 +42,36 @@ class Source:
     hub_rows: tuple[int, int | None] = (0, None)
 
 
-def available(sources: dict[str, Source], folder: Path | None) -> tuple[str, ...]:
-    """The splits that can be had: all from a local folder, those the hub has otherwise."""
-    return tuple(name for name, s in sources.items() if folder is not None or s.hub is not None)
+@part
+class Labelled(Classification):
+    """Splits of labelled texts.
 
-
-def examples(split: str, source: Source, folder: Path | None) -> list[Example]:
-    """The rows of a split.
-
-    Raises:
-        InputError: Naming broken rows, labels out of range, or a split without rows.
+    Args:
+        folder: Local folder; None takes that of the task's name under the data folder, else the
+            hub.
     """
-    if folder is None:
-        rows = list(_from_hub(split, source))
-        where = Path(source.hub[0]) if source.hub else Path(split)
-    else:
-        home = folder if source.folder is None else folder.parent / source.folder
-        rows, where = list(_from_folder(split, source, home)), home / source.stem
-    if not rows:
-        raise InputError(f"'{where}'", [f"the split '{split}' has no rows"])
-    return rows
+
+    sources: ClassVar[Mapping[str, Source]]
+
+    folder: str | None = None
+
+    def splits(self) -> tuple[str, ...]:
+        """All from a local folder, else those that the hub has."""
+        local = _files.folder_of(self.name, self.folder) is not None
+        return tuple(name for name, source in self.sources.items() if local or source.hub)
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """Raises InputError naming broken rows, labels out of range, or a split without rows."""
+        source, folder = self.sources[split], _files.folder_of(self.name, self.folder)
+        if folder is None:
+            rows = _from_hub(split, source)
+            where = Path(source.hub[0]) if source.hub else Path(split)
+        else:
+            home = folder if source.folder is None else folder.parent / source.folder
+            rows, where = _from_folder(split, source, home), home / source.stem
+        if not rows:
+            raise InputError(f"'{where}'", [f"the split '{split}' has no rows"])
+        return rows
 
 
 def _from_folder(split: str, source: Source, folder: Path) -> Sequence[Example]:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lowres.core.errors import InputError, Problem
-from lowres.core.example import Example, Prediction
+from lowres.core.example import Example
 from lowres.core.images import Image
-from lowres.core.metrics import Metric
-from lowres.core.parts import Task, part
-from lowres.tasks._classification import majority, score_labels
+from lowres.core.parts import part
+from lowres.tasks._classification import Classification
 
 SPLITS = {"train": 1197, "in_domain": 300, "out_of_domain": 300}
 SIDE, WHITE = 8, 16
@@ -28,7 +27,7 @@ SHADES = ".123456789abcdefg"
 
 
 @part
-class Digits(Task):
+class Digits(Classification):
     """One image; which digit is it?
 
     Args:
@@ -37,7 +36,6 @@ class Digits(Task):
     """
 
     version = 1
-    asks = "label"
     labels = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     metric = "accuracy"
     pattern = "{text}\nThe digit is"
@@ -55,14 +53,6 @@ class Digits(Task):
             reason = f"no split is named '{split}'; there are {', '.join(SPLITS)}"
             raise InputError(f"the task '{self.name}'", [Problem("task.evaluate", reason)])
         return _rows(self.moved)[split]
-
-    def score(
-        self, examples: Sequence[Example], predictions: Sequence[Prediction]
-    ) -> Mapping[str, Metric]:
-        return score_labels(examples, predictions)
-
-    def baseline(self, train: Sequence[Example], examples: Sequence[Example]) -> Prediction:
-        return majority(train)
 
 
 @functools.lru_cache(maxsize=2)

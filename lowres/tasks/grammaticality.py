@@ -19,16 +19,15 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import NamedTuple
 
 from lowres.core.errors import InputError, Problem
-from lowres.core.example import Example, Prediction
-from lowres.core.metrics import Metric
-from lowres.core.parts import NonNegativeInt, Task, part
+from lowres.core.example import Example
+from lowres.core.parts import NonNegativeInt, part
 from lowres.tasks import _grammar, _lexicon
-from lowres.tasks._classification import majority, score_labels
+from lowres.tasks._classification import Classification
 from lowres.tasks._phrases import Draw
 
 SPLITS = ("train", "in_domain", "out_of_domain")
@@ -43,7 +42,7 @@ class Pair(NamedTuple):
 
 
 @part
-class Grammaticality(Task):
+class Grammaticality(Classification):
     """One sentence; is it English?
 
     Args:
@@ -51,7 +50,6 @@ class Grammaticality(Task):
     """
 
     version = 1
-    asks = "label"
     labels = ("ungrammatical", "grammatical")
     metric = "accuracy"
     # The minimal pattern of Mosbach et al. 2023, https://arxiv.org/abs/2305.16938
@@ -69,14 +67,6 @@ class Grammaticality(Task):
             reason = f"no split is named '{split}'; there are {known}"
             raise InputError(f"the task '{self.name}'", [Problem("task.evaluate", reason)])
         return _rows(self.seed)[split]
-
-    def score(
-        self, examples: Sequence[Example], predictions: Sequence[Prediction]
-    ) -> Mapping[str, Metric]:
-        return score_labels(examples, predictions)
-
-    def baseline(self, train: Sequence[Example], examples: Sequence[Example]) -> Prediction:
-        return majority(train)
 
 
 def pairs(seed: int) -> dict[str, list[Pair]]:

@@ -10,15 +10,11 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from lowres.core.example import Asks, Example, Prediction
-from lowres.core.metrics import Metric
-from lowres.core.parts import Task, part
-from lowres.tasks import _classification, _files, _labelled
-from lowres.tasks._labelled import Source
+from lowres.core.parts import part
+from lowres.tasks._labelled import Labelled, Source
 
 _COMMON: Any = {
     "text": "premise",
@@ -44,35 +40,12 @@ _SOURCES = {
 
 
 @part
-class Rte(Task):
-    """Metric: accuracy.
-
-    Args:
-        folder: Local folder; None takes `rte` under the data folder, else the hub.
-    """
+class Rte(Labelled):
+    """Metric: accuracy."""
 
     version: ClassVar[int] = 1
-    asks: ClassVar[Asks] = "label"
+    sources: ClassVar[Mapping[str, Source]] = _SOURCES
     labels: ClassVar[tuple[str, ...]] = ("not_entailment", "entailment")
     metric: ClassVar[str] = "accuracy"
     pattern: ClassVar[str] = "{text} {pair} ?"  # minimal pattern of Mosbach et al. 2023
     label_words: ClassVar[tuple[str, ...]] = (" No", " Yes")
-
-    folder: str | None = None
-
-    def splits(self) -> tuple[str, ...]:
-        return _labelled.available(_SOURCES, self._folder())
-
-    def examples(self, split: str) -> Sequence[Example]:
-        return _labelled.examples(split, _SOURCES[split], self._folder())
-
-    def score(
-        self, examples: Sequence[Example], predictions: Sequence[Prediction]
-    ) -> Mapping[str, Metric]:
-        return _classification.score_labels(examples, predictions)
-
-    def baseline(self, train: Sequence[Example], examples: Sequence[Example]) -> Prediction:
-        return _classification.majority(train)
-
-    def _folder(self) -> Path | None:
-        return _files.folder_of("rte", self.folder)
