@@ -21,12 +21,10 @@ class Run:
     """Consecutive blocks of one stack that are built alike.
 
     Args:
-        start: Place of the first among all blocks of the model.
         length: How many there are.
         kept: The places that stay; the third and second to last repeat.
     """
 
-    start: int
     length: int
     kept: tuple[int, ...]
 
@@ -58,7 +56,7 @@ def runs_of(
         if shorten and length > bottom + BETWEEN + TOP:
             own = range(start, start + bottom)
             kept = (*own, *_two_between(blocks, start + bottom - 1, at), at - 1)
-        runs.append(Run(start, length, kept))
+        runs.append(Run(length, kept))
         start = at
     return runs
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lowres.cli._records import read
+
 if TYPE_CHECKING:
     from lowres.core.record import RunRecord
     from lowres.recommend.advice import Advice
@@ -80,12 +82,11 @@ def _cannot(one: Advice) -> str:
 
 
 def _records(named: list[Path] | None) -> list[RunRecord]:
-    from lowres.cli.report import record_files
     from lowres.core.errors import InputError
     from lowres.core.record import from_file
 
     if named is not None:
-        return [from_file(file) for place in named for file in record_files(place)]
+        return read(named)
     out = []
     for file in (f for place in PLACES for f in sorted(place.rglob("*.json"))):
         try:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from lowres.cli._page import Page, tell
-
-if TYPE_CHECKING:
-    from lowres.core.record import RunRecord
+from lowres.cli._records import read
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -77,7 +75,7 @@ def command(
         device = devices.load(gpu) if gpu is not None else devices.generic(device_gib or 0.0)
     found = fit(
         model, task, device, device_gib=device_gib, host_gib=host_gib, minutes=minutes,
-        goal=objective.value, evidence=_evidence(records or []),
+        goal=objective.value, evidence=read(records or []),
     )  # fmt: skip
     if found.recipe is not None:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -112,10 +110,3 @@ def _stop_if_taken(place: Path) -> None:
     if not (first.startswith("#") and first.endswith(CHOSEN)):
         text = "it is there, and not by `lowres fit`; --output FILE names another, or move it away"
         raise InputError(f"'{place}'", [text])
-
-
-def _evidence(places: list[Path]) -> list[RunRecord]:
-    from lowres.cli.report import record_files
-    from lowres.core.record import from_file
-
-    return [from_file(file) for place in places for file in record_files(place)]

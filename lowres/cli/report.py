@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowres.cli._page import Page, tell
+from lowres.cli._records import read
 
 if TYPE_CHECKING:
     from lowres.core.record import RunRecord
@@ -39,9 +39,7 @@ def command(
 
     if planner and as_json:
         raise InputError("the command", ["--planner prints a table; --json gives whole records"])
-    # A dict keeps order and drops a record that is named twice.
-    files = list(dict.fromkeys(f.resolve() for place in places for f in record_files(place)))
-    records = [record_module.from_file(f) for f in files]
+    records = read(places)
     if html is not None:
         from lowres.report.page import write_page
 
@@ -55,37 +53,6 @@ def command(
     else:
         _print(records)
     tell("page", html, as_json=as_json)
-
-
-def record_files(place: Path) -> list[Path]:
-    """The record files of one argument.
-
-    Raises:
-        InputError: When a folder holds none.
-    """
-    from lowres.core.errors import InputError
-    from lowres.run.output import RECORD
-
-    if not os.path.isdir(place):
-        return [place]
-    if (place / RECORD).is_file():
-        return [place / RECORD]
-    found = sorted(f for f in place.rglob("*.json") if f.name == RECORD or _is_record(f))
-    if not found:
-        raise InputError(f"'{place}'", ["holds no run record; `lowres run` writes record.json"])
-    return found
-
-
-def _is_record(file: Path) -> bool:
-    """Whether a JSON file of another name is a record: run folders hold other JSON too."""
-    from lowres.core.errors import InputError
-    from lowres.core.record import from_file
-
-    try:
-        from_file(file)
-    except InputError:
-        return False
-    return True
 
 
 def _print(records: list[RunRecord]) -> None:

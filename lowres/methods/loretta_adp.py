@@ -46,15 +46,13 @@ class LorettaAdp(Adapter):
     activation: Activation = "tanh"
 
     def pieces(self, model: nn.Module, blocks: Blocks) -> Sequence[Piece]:
-        from lowres.bridges import sites
         from lowres.core.delta import Piece
+        from lowres.methods._adapters import behind_both
         from lowres.methods._tensor_train import TensorTrainAdapter
 
-        behind = [a.out for a in sites.attentions(model, blocks) if not a.cross]
-        behind += [f.down for f in sites.feed_forwards(model, blocks)]
         settings = {
             "bottleneck": self.bottleneck,
             "train_rank": self.train_rank,
             "activation": self.activation,
         }
-        return [Piece(TensorTrainAdapter, behind, settings)]
+        return [Piece(TensorTrainAdapter, behind_both(model, blocks), settings)]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lowres.core.parts import Optimizer, PositiveFloat, part
+from lowres.optimizers._adam import EMBEDDING, Beta
 from lowres.optimizers._decay import decays
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-EMBEDDING = re.compile(r"(^|\.)(shared|wte|wpe|[a-z_]*emb[a-z_]*)\.weight$")
-"""Embedding tables by the names that transformers gives them."""
 
 
 @part

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lowres.core.parts import Optimizer, PositiveFloat, part
+from lowres.optimizers._adam import Beta
 from lowres.optimizers._decay import groups
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @part

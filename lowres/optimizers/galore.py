@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lowres.core.parts import Optimizer, PositiveFloat, PositiveInt, part
-from lowres.optimizers._bitsandbytes import EMBEDDING, Beta
+from lowres.optimizers._adam import EMBEDDING, Beta
 
 if TYPE_CHECKING:
     import torch

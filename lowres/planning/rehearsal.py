@@ -49,7 +49,6 @@ class Rehearsal:
         host: The same of host memory, where levers keep tensors off the device.
         runs: How the blocks were grouped.
         trainable: Parameters.
-        saved_bytes: Of all trained parameters.
         tokens: Real tokens of one update.
         passes: Micro-batches of an update over the traced ones.
         repeats: Padded tokens of an average update over those of the traced micro-batches.
@@ -65,7 +64,6 @@ class Rehearsal:
     names: tuple[str, ...]
     trainable: int
     total: int
-    saved_bytes: int
     tokens: float
     passes: float
     repeats: float
@@ -204,9 +202,9 @@ class _Stage:
         trace, waiting = trace.apart()
         return Rehearsal(
             load=load, trace=trace, host=waiting, runs=self.runs, names=self.names,
-            trainable=self.trainable, total=self.total, saved_bytes=self.saved_bytes,
-            tokens=tokens, passes=passes, repeats=repeats,
-            loads_on_device=self.loads_on_device, largest_bytes=self.largest_bytes,
+            trainable=self.trainable, total=self.total, tokens=tokens, passes=passes,
+            repeats=repeats, loads_on_device=self.loads_on_device,
+            largest_bytes=self.largest_bytes,
             updates=portions.played(self.recipe, self.inputs.data, self.shown),
         )  # fmt: skip
 
