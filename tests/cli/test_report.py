@@ -75,6 +75,15 @@ def test_a_folder_without_records_ends_with_2_and_is_named(report, tmp_path: Pat
     assert str(tmp_path) in err and "holds no run record" in err
 
 
+def test_a_broken_record_below_a_folder_ends_with_2_and_is_named(report, tmp_path: Path) -> None:
+    """Behaviour: by its name it is a record, so it is not passed over as other JSON is."""
+    write(tmp_path / "a" / "record.json", "run-a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "record.json").write_text("{}")
+    code, _, err = report(tmp_path)
+    assert code == 2 and str(tmp_path / "b" / "record.json") in err
+
+
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
 def test_a_file_that_is_no_record_ends_with_2_and_is_named(report, tmp_path: Path, content) -> None:
     """Behaviour: a named file is never skipped."""
