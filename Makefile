@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow results planning format clean
+.PHONY: quickstart test slow pages format clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,13 +29,9 @@ test: $(VENV)/installed-test
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
 
-results: $(VENV)/installed
-	$(BIN)/python benchmarks/make_results.py
-	$(BIN)/python -m benchmarks.methods_found
-
-# The tables of docs/planning.md, from records.
-planning: $(VENV)/installed
-	$(BIN)/python -m benchmarks.planner.tables
+# Tables of the pages, from the records that are there.
+pages: $(VENV)/installed
+	$(BIN)/python -m benchmarks.pages
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff format lowres tests benchmarks recipes

@@ -1,7 +1,4 @@
-"""Write docs/compatibility.md from the table that ships with lowres.
-
-python -m benchmarks.compatibility
-"""
+"""docs/compatibility.md, from the table that ships with lowres."""
 
 from __future__ import annotations
 
@@ -26,15 +23,20 @@ those of the adapter beside the base in `model.dtype`, within the tolerance of `
 (relative 1e-4 in float32). *refused* means that lowres says no before training; *fails* that it
 ought to work and does not.
 The numbers lead to the reasons at the end. `lowres check RECIPE` reads the same table; `lowres
-bench compatibility` runs what it lacks, and `python -m benchmarks.compatibility` writes this page.
+bench compatibility` runs what it lacks, and `make pages` writes this page.
 `-` is no cell: two levers stand with LoRA under *Pairs of levers*, and no lever stands twice. Date
 and versions are those of the newest cells. A lever that works otherwise with other fields has a
 column for them too:
 """
 
 
+def text() -> str:
+    """The page."""
+    return page(Table.read())
+
+
 def page(table: Table) -> str:
-    """The page's text."""
+    """The page of a table."""
     reasons: dict[str, int] = {}
 
     def shown(key: str) -> str:
@@ -86,8 +88,3 @@ def _form(called: str, told: dict[str, Any]) -> str:
 
 def _reason(cell: Cell) -> str:
     return cell.reason.replace("|", "\\|").replace("<", "&lt;")
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(Table.read()), encoding="utf-8")
-    print(f"{PAGE.relative_to(PAGE.parent.parent)} written")

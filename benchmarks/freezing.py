@@ -77,9 +77,10 @@ def table(record: dict[str, Any]) -> str:
     )
 
 
-def filled(text: str, record: dict[str, Any]) -> str:
-    """The page with the table between its marks."""
-    return page.put(text, "freezing", table(record))
+def text() -> str:
+    """The page with the record's table."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    return page.put(PAGE.read_text(encoding="utf-8"), "freezing", table(record))
 
 
 def main() -> None:
@@ -95,7 +96,6 @@ def main() -> None:
         record["freezing"].append(one(freezing, n))
         print(record["freezing"][-1], flush=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Each lever is run at a shape where it matters, with and without it, alternating; live bytes are
 exact and equal in every repetition, the time of an update is a ratio of medians. What divides is
 run in two processes, of which the first is measured. Writes
-`benchmarks/records/levers.json` and the table in docs/levers.md.
+`benchmarks/records/levers.json`, which `make pages` makes the table in docs/levers.md of.
 """
 
 from __future__ import annotations
@@ -236,10 +236,10 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join([head, "", *rows])
 
 
-def write_page(record: dict[str, Any]) -> None:
-    """Put the table between the marks of docs/levers.md."""
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(page.put(text, "levers", table(record)), encoding="utf-8")
+def text() -> str:
+    """The page with the record's table."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    return page.put(PAGE.read_text(encoding="utf-8"), "levers", table(record))
 
 
 def main() -> None:
@@ -260,7 +260,6 @@ def main() -> None:
         print(name, record["levers"][name], flush=True)
         record["levers"] = dict(sorted(record["levers"].items()))
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_page(record)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from lowres.memory.tracer import Tracer
 from lowres.planning.plan import plan
 
 RECORDS = ROOT / "benchmarks" / "records" / "methods" / "cpu"
-PAGE = ROOT / "docs" / "methods.md"
 TOKENIZER = ROOT / "lowres" / "assets" / "tiny_lm"
 SHAPE: dict[str, int] = {
     "blocks": 6, "hidden": 256, "inner": 1024, "heads": 4, "vocabulary": 4096, "rows": 4,
@@ -205,18 +204,14 @@ def measured_now(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")
-    parser.add_argument("--page", action="store_true")
     arguments = parser.parse_args()
     RECORDS.mkdir(parents=True, exist_ok=True)
     wanted = [n for n in registry.names("method") if arguments.only in ("", n)]
     missing = [n for n in wanted if not (RECORDS / f"{n}.json").exists()]
-    if missing and not arguments.page:
+    if missing:
         for name, record in measured_now(missing).items():
             text = json.dumps(record, indent=1)
             (RECORDS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    from benchmarks.methods_page import filled
-
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), records()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """What was measured of methods, for `lowres show method`: what each saves, rates that were good.
 
-    python -m benchmarks.methods_found
-
-Writes `lowres/assets/methods/found.json` from the records of `python -m benchmarks.methods`, of the
+In `lowres/assets/methods/found.json`, from the records of `python -m benchmarks.methods`, of the
 searches of learning rates, and of the runs after them.
 """
 
@@ -10,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from benchmarks.levers import ROOT
@@ -18,7 +15,7 @@ from benchmarks.methods import records
 from benchmarks.methods_page import saved
 from lowres.core.record import RunRecord, from_file
 
-ASSET = ROOT / "lowres" / "assets" / "methods" / "found.json"
+PAGE = ROOT / "lowres" / "assets" / "methods" / "found.json"
 SUITES = ROOT / "benchmarks" / "records"
 
 
@@ -76,11 +73,3 @@ def good_rates() -> dict[str, list[dict[str, Any]]]:
 
 def text() -> str:
     return json.dumps(found(), indent=1) + "\n"
-
-
-def main() -> None:
-    Path(ASSET).write_text(text(), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 from benchmarks import page
-from benchmarks.methods import FULL, SHAPE
+from benchmarks.levers import ROOT
+from benchmarks.methods import FULL, SHAPE, records
 from lowres.core import registry
 from lowres.core.units import format_bytes
 
+PAGE = ROOT / "docs" / "methods.md"
 NOTABLE = 0.9
 """A method is said to save what it needs at most this share of, beside full fine-tuning."""
 
@@ -104,9 +106,9 @@ def saved(figures: dict[str, int], full: dict[str, int]) -> tuple[str, str]:
     return ", ".join(saves) or "nothing", ", ".join(not_) or "-"
 
 
-def filled(text: str, records: dict[str, dict[str, Any]]) -> str:
-    """The page with the tables between their marks."""
-    tables = {"methods": taxonomy_table(records), "methods' memory": memory_table(records)}
-    for name, table in tables.items():
-        text = page.put(text, name, table)
-    return text
+def text() -> str:
+    """The page with the tables of the records."""
+    made, found = PAGE.read_text(encoding="utf-8"), records()
+    for name, table in (("methods", taxonomy_table), ("methods' memory", memory_table)):
+        made = page.put(made, name, table(found))
+    return made

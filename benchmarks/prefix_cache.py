@@ -119,9 +119,10 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def filled(text: str, record: dict[str, Any]) -> str:
-    """The page with the table between its marks."""
-    return page.put(text, "frozen_prefix_cache", table(record))
+def text() -> str:
+    """The page with the record's table."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    return page.put(PAGE.read_text(encoding="utf-8"), "frozen_prefix_cache", table(record))
 
 
 def main() -> None:
@@ -150,8 +151,6 @@ def main() -> None:
             row["largest_relative_difference_of_a_loss"],
         )
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if record["cases"].keys() >= CASES.keys():
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
 
 
 if __name__ == "__main__":

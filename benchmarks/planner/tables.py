@@ -164,17 +164,9 @@ PARTS = {
 }  # fmt: skip
 
 
-def filled(text: str) -> str:
+def text() -> str:
     """The page with every generated part made anew."""
+    made = PAGE.read_text(encoding="utf-8")
     for name, make in PARTS.items():
-        text = page.put(text, name, make())
-    return text
-
-
-def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)} written")
-
-
-if __name__ == "__main__":
-    main()
+        made = page.put(made, name, make())
+    return made

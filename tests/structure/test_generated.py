@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import freezing, methods, methods_page, page, prefix_cache
-from benchmarks.planner.tables import PAGE, filled
+from benchmarks import methods, methods_page, page, pages
+from benchmarks.levers import ROOT
 from lowres.core import registry
 from lowres.core.method import Method
 from tests.conftest import sampled
 
 
-def test_the_planning_page_is_made_from_its_records() -> None:
-    """Reference: `make planning` would change nothing."""
-    text = PAGE.read_text(encoding="utf-8")
-    assert filled(text) == text
+def test_all_pages_of_records_are_looked_at() -> None:
+    """Behaviour: `make pages` makes each page that has a generated part."""
+    made = [module.PAGE for module in pages.MADE]
+    marked = {p for p in (ROOT / "docs").glob("*.md") if "<!-- generated: " in p.read_text("utf-8")}
+    assert marked <= set(made) and len(set(made)) == len(made) == 8
 
 
-def test_the_page_on_freezing_is_made_from_its_record() -> None:
-    """Reference: `python -m benchmarks.freezing` wrote both."""
-    text = freezing.PAGE.read_text(encoding="utf-8")
-    record = json.loads(freezing.RECORD.read_text(encoding="utf-8"))
-    assert freezing.filled(text, record) == text
-
-
-def test_the_page_on_the_prefix_cache_is_made_from_its_record() -> None:
-    """Reference: `python -m benchmarks.prefix_cache` wrote both."""
-    text = prefix_cache.PAGE.read_text(encoding="utf-8")
-    record = json.loads(prefix_cache.RECORD.read_text(encoding="utf-8"))
-    assert prefix_cache.filled(text, record) == text
+@pytest.mark.parametrize("module", pages.MADE, ids=lambda module: module.__name__)
+def test_a_page_is_made_of_its_records(module: Any) -> None:
+    """Reference: `make pages` would change nothing."""
+    assert module.PAGE.read_text(encoding="utf-8") == module.text()
 
 
 def test_a_part_without_its_place_is_told() -> None:
@@ -43,12 +35,6 @@ def test_a_part_without_its_place_is_told() -> None:
     for text, count in (("a", 0), (place * 2, 2)):
         with pytest.raises(ValueError, match=f"{count} places for 'part'"):
             page.put(text, "part", "new")
-
-
-def test_the_page_on_methods_is_made_from_its_records() -> None:
-    """Reference: `python -m benchmarks.methods --page` would change nothing."""
-    text = methods.PAGE.read_text(encoding="utf-8")
-    assert methods_page.filled(text, methods.records()) == text
 
 
 @pytest.mark.parametrize(
