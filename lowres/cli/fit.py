@@ -28,7 +28,9 @@ class Goal(enum.StrEnum):
     "--device-gib 1 --output runs/fit.yaml",
 )
 def command(
-    model: Annotated[str, typer.Option(help="Hub id, or folder with a config.json.")],
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder with a config.json, or package:MODULE/PATH.")
+    ],
     task: Annotated[Optional[str], typer.Option(help="Of `lowres list tasks`.")] = None,
     gpu: Annotated[Optional[str], typer.Option(metavar="NAME", help="A card, by name.")] = None,
     device_gib: Annotated[

@@ -27,8 +27,9 @@ def command(
     model: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Plan LoRA for a model instead: hub id, or folder with a config.json. Several "
-            "models or cards make a table of models by cards by methods."
+            help="Plan LoRA for a model instead: hub id, folder with a config.json, or "
+            "package:MODULE/PATH. Several models or cards make a table of models by cards by "
+            "methods."
         ),
     ] = None,
     task: Annotated[Optional[str], typer.Option(help="With --model: the task.")] = None,

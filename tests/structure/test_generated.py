@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import methods, methods_page, page, pages
+from benchmarks import freezing, methods, methods_page, page, pages
 from benchmarks.levers import ROOT
 from lowres.core import registry
 from lowres.core.method import Method
@@ -63,6 +63,12 @@ def test_each_paper_is_named_by_its_authors_and_year() -> None:
     assert len(cited) >= 40
     for paper in cited:
         assert re.match(r"\[[A-Z][\w\- .]+ \d{4}\]\(https://", paper), paper
+
+
+def test_every_freezing_is_measured() -> None:
+    """Behaviour: one that is new is not left out of the page."""
+    measured = {choice["name"] for choice in freezing.HALF}
+    assert measured == set(registry.names("freezing")) - {"none"} and len(measured) == 8
 
 
 def test_every_method_was_measured() -> None:
