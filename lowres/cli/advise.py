@@ -34,7 +34,9 @@ class Kind(enum.StrEnum):
     "--device-gib 8 --kind generation",
 )
 def command(
-    model: Annotated[str, typer.Option(help="Hub id, folder with a config.json, or package:MODULE/PATH.")],
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder with a config.json, or package:MODULE/PATH.")
+    ],
     task_size: Annotated[int, typer.Option(help="Training rows.")],
     device_gib: Annotated[float, typer.Option(help="Memory of the card.")],
     kind: Annotated[
