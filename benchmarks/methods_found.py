@@ -37,8 +37,8 @@ def _key(record: RunRecord, suite: str) -> tuple[str, str, str, str, str]:
 
 
 def taken() -> dict[tuple[str, ...], float]:
-    """The rate that a suite's runs of a method took, where every one of them scored better than the
-    majority's answer."""
+    """The rate that a suite's runs of a method took, where every one of them learned: scored better
+    than the majority's answer by two standard errors."""
     out: dict[tuple[str, ...], float] = {}
     lost = set()
     for folder in SUITES.glob("*/cpu/search"):
@@ -47,7 +47,7 @@ def taken() -> dict[tuple[str, ...], float]:
             key = _key(record, folder.parent.parent.name)
             out[key] = record.recipe["optimizer"]["lr"]
             first = record.final_scores()[0]
-            if first.majority is not None and first.value <= first.majority:
+            if first.majority is not None and first.value <= first.majority + 2 * first.stderr:
                 lost.add(key)
     return {key: rate for key, rate in out.items() if key not in lost}
 
