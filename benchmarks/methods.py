@@ -1,12 +1,12 @@
 """What each method keeps in memory, measured on the CPU at one shape beside its plan.
 
-    python -m benchmarks.methods [--only NAME] [--page]
+    python -m benchmarks.methods [--only NAME]
 
 Every method of the registry is run for three updates on an OPT of six blocks, four rows of 128
 tokens, float32, AdamW. The figures are live bytes, exact and the same on every run. A method whose
 record is there is kept, so the command goes on where it was stopped, and what is new is measured.
-Writes `benchmarks/records/methods/cpu/<method>.json` and the tables in docs/methods.md; `--page`
-writes the tables alone.
+Writes `benchmarks/records/methods/cpu/<method>.json`, of which `make pages` makes the tables in
+docs/methods.md.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowres.core.delta import Delta, cast, features, place, undoing
+from lowres.core.recompute import recompute
 
 
 class ButterflyDelta(Delta):
@@ -43,16 +44,19 @@ class ButterflyDelta(Delta):
         self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor, **others: Any
     ) -> torch.Tensor:
         x, *rest = inputs
-        rotated = cast(self.rotate(cast(x, self.skew)), x)
+        rotated = recompute(self._rotated, x, parameters=(self.skew,))
         output = call(rotated, *rest, **others)
         bias = self._base.bias
         product = output if bias is None else output - cast(bias, output)  # type: ignore[arg-type]
         # Written so that nothing is rounded away while s is 1.
         return output + cast((self.scale - 1) * product, output)
 
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(self.rotate(cast(x, self.skew)), x)
+
     def rotate(self, x: torch.Tensor, *, back: bool = False) -> torch.Tensor:
         """`x R^T` for rows x; `back` gives `x R`."""
-        blocks_MNbb = self._orthogonal()
+        blocks_MNbb = cast(self._orthogonal(), x)
         factors = range(len(blocks_MNbb))
         for level in factors if back else reversed(factors):
             blocks_Nbb = blocks_MNbb[level]
@@ -86,7 +90,9 @@ class ButterflyDelta(Delta):
         weight = base.weight.data
         assert isinstance(weight, torch.Tensor)
         is_linear = hasattr(base, "in_features")
-        rows_OI = cast(weight if is_linear else weight.T, self.skew)
+        # In the wider of both types: a narrow adapter must not round the weight.
+        wide = torch.promote_types(weight.dtype, self.skew.dtype)
+        rows_OI = (weight if is_linear else weight.T).to(wide)
         if sign > 0:
             changed_OI = self.rotate(rows_OI, back=True) * self.scale[:, None]
         else:

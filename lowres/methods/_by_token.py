@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lowres.core.delta import Delta, cast, nearest, place
 from lowres.core.errors import LowresError
+from lowres.core.recompute import WideningLinear
 
 _AT_ONCE = 4096
 """Rows of a table that are computed together."""
@@ -134,14 +135,14 @@ class EmbeddedRows(TokenRows):
 
     def make(self, settings: Mapping[str, Any], device: torch.device) -> None:
         rank = int(settings["rank"])
-        self.inner = nn.Linear(int(settings["embedded"]), rank, device=device)
+        self.inner = WideningLinear(int(settings["embedded"]), rank, device=device)
         self.outer = nn.Linear(rank, self._sizes[1], device=device)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
     def rows(self, ids: torch.Tensor, embedded: torch.Tensor | None) -> torch.Tensor:
         assert embedded is not None, "the embedding below keeps what it gives"
-        out: torch.Tensor = self.outer(F.gelu(self.inner(cast(embedded, self.inner.weight))))
+        out: torch.Tensor = self.outer(F.gelu(self.inner(embedded)))
         return out
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowres.core.delta import Delta, Tap, add_to_weight, cast, features, first, nearest, place
+from lowres.core.recompute import recompute
 from lowres.methods._bottleneck import ACTIVATIONS
 
 
@@ -84,8 +85,12 @@ class KroneckerDelta(Delta):
         self._scale = float(settings["scale"])
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        added = self.product(cast(inputs[0], self.product.first))
-        return output + cast(added * self._scale, output)
+        added = recompute(self._added, inputs[0], parameters=self.parameters())
+        return output + cast(added, output)
+
+    def _added(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.product(cast(x, self.product.first))
+        return made * self._scale
 
     @torch.no_grad()
     def fold(self, base: nn.Module, sign: int) -> None:
@@ -113,11 +118,13 @@ class KroneckerBeside(Delta):
         self.share = nn.Parameter(share) if settings["residual"] else None
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        given = cast(self._tap.take(), self.product.first)
-        added = self.product(given) * self._scale
-        if self.share is not None:
-            added = torch.addcmul(added, given, self.share)
+        added = recompute(self._added, self._tap.take(), parameters=self.parameters())
         return output + cast(added, output)
+
+    def _added(self, x: torch.Tensor) -> torch.Tensor:
+        given = cast(x, self.product.first)
+        made: torch.Tensor = self.product(given) * self._scale
+        return made if self.share is None else torch.addcmul(made, given, self.share)
 
 
 class Hypercomplex(nn.Module):
@@ -193,6 +200,11 @@ class HypercomplexAdapter(Delta):
         self._activation = ACTIVATIONS[settings["activation"]]
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        trained = (*self.parameters(), self._owner.rule.terms_JPQ)
+        return output + cast(recompute(self._added, output, parameters=trained), output)
+
+    def _added(self, y: torch.Tensor) -> torch.Tensor:
         rule = self._owner.rule.terms_JPQ
-        hidden = self._activation(self.down(cast(output, self.down.down), rule))
-        return output + cast(self.up(hidden, rule), output)
+        hidden = self._activation(self.down(cast(y, self.down.down), rule))
+        up: torch.Tensor = self.up(hidden, rule)
+        return up

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowres.core.delta import Delta, cast, features, place
+from lowres.core.recompute import recompute
 from lowres.methods._bottleneck import ACTIVATIONS
 
 
@@ -109,5 +110,8 @@ class MaskedAdapter(Delta):
         self._activation = ACTIVATIONS[settings["activation"]]
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        hidden = self._activation(self.down(cast(output, self.down.values_K)))
-        return output + cast(self.up(hidden), output)
+        return output + cast(recompute(self._added, output, parameters=self.parameters()), output)
+
+    def _added(self, y: torch.Tensor) -> torch.Tensor:
+        up: torch.Tensor = self.up(self._activation(self.down(cast(y, self.down.values_K))))
+        return up

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lowres.core.delta import Delta, add_to_weight, cast, features, place
+from lowres.core.recompute import recompute
 
 
 class PrincipalDelta(Delta):
@@ -44,11 +46,16 @@ class PrincipalDelta(Delta):
         self.register_buffer("up_start", b_OR.clone().contiguous())
 
     def change(self, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        x = cast(inputs[0], self.down)
+        added = recompute(self._added, inputs[0], parameters=(self.down, self.up))
+        return output + cast(added, output)
+
+    def _added(self, x: torch.Tensor) -> torch.Tensor:
+        """`(B - B_0) A x + B_0 (A - A_0) x`: small changes are not lost in the rounding of two
+        large products."""
+        x = cast(x, self.down)
         down_start, up_start = self._start()
-        start = nn.functional.linear(nn.functional.linear(x, down_start), up_start)
-        now = nn.functional.linear(nn.functional.linear(x, self.down), self.up)
-        return output + cast(now - start, output)
+        of_up = F.linear(F.linear(x, self.down), self.up - up_start)
+        return of_up + F.linear(F.linear(x, self.down - down_start), up_start)
 
     def _start(self) -> tuple[torch.Tensor, torch.Tensor]:
         # PEFT widens parameters beside narrow weights, and no buffers.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowres.core.delta import Delta, cast, features, place
+from lowres.core.recompute import WideningLinear
 from lowres.methods._bottleneck import SerialAdapter
 from lowres.methods._low_rank import LowRank
 from lowres.methods._prefix import KeyValuePrefix
@@ -19,12 +20,12 @@ class Gate(nn.Module):
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__()
-        self.layer = nn.Linear(width, 1, device=device)
+        self.layer = WideningLinear(width, 1, device=device)
         nn.init.normal_(self.layer.weight, std=0.02)
         nn.init.zeros_(self.layer.bias)
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        gate_BT1 = torch.sigmoid(self.layer(cast(hidden_BTD, self.layer.weight)))
+        gate_BT1 = torch.sigmoid(self.layer(hidden_BTD))
         return gate_BT1
 
 

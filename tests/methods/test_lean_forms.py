@@ -18,9 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowres.bridges import bitsandbytes as bridge
 from lowres.bridges import lora
 from lowres.bridges.unpacking import unpacked, unpacked_rows
+from lowres.core.delta import Delta, Tap
 from lowres.core.errors import LowresError
 from lowres.core.recompute import WideningLinear
+from lowres.methods._butterfly import ButterflyDelta
+from lowres.methods._kronecker import HypercomplexAdapter, KroneckerBeside, KroneckerDelta
 from lowres.methods._low_rank import LowRank
+from lowres.methods._masked import MaskedAdapter
+from lowres.methods._principal import PrincipalDelta
+from lowres.methods._token_gates import Gate
 from tests.methods.adapted import kept_bytes
 from tests.methods.test_of_peft import IDS, adapt, gpt2, llama, logits, method, train, trained
 
@@ -348,3 +354,64 @@ def test_our_own_low_rank_product_keeps_the_narrow_input() -> None:
     delta = LowRank(nn.Linear(64, 64), {"rank": 2, "alpha": 2})
     x = torch.ones(8, 64, dtype=torch.bfloat16)
     assert kept_bytes(delta.added, x) == 8 * 64 * 2 + 8 * 2 * 4
+
+
+def lean() -> dict[str, Callable[[nn.Linear], Callable[[torch.Tensor], torch.Tensor]]]:
+    """What is added at one layer in 16 bits, by its input: forms whose own parts are in 32."""
+    ready = {"reduction": 4, "activation": "gelu"}
+
+    def tapped(base: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+        tap = Tap(base, {})
+        last = KroneckerBeside(base, {"scale": 1, "residual": True}, [tap])
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            tap.change(x, x)
+            return last.change(x, x)
+
+        return run
+
+    def at(cls: type[Delta], **settings: Any) -> Callable[[nn.Linear], Any]:
+        def made(base: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+            delta = cls(base, settings)
+            return lambda x: delta.change(x, x)
+
+        return made
+
+    return {
+        "pissa": at(PrincipalDelta, rank=4, iterations=0),
+        "krona": at(KroneckerDelta, rank=None, scale=1.0),
+        "krona_res": tapped,
+        "compacter": at(HypercomplexAdapter, terms=4, rank=1, **ready),
+        "sparse_adapter": at(MaskedAdapter, sparsity=0.5, score="magnitude", **ready),
+    }
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", lean())
+def test_layers_in_16_bits_keep_an_input_that_they_share_once(name: str, autocast: bool) -> None:
+    """Closed form: two layers keep nothing but their input of 2 bytes, neither a wide copy of it
+    nor what lies between."""
+    torch.manual_seed(0)
+    layers = [lean()[name](nn.Linear(64, 64).bfloat16()) for _ in range(2)]
+    x = torch.randn(8, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert (
+            kept_bytes(lambda x: torch.stack([layer(x) for layer in layers]).sum(0), x) == x.nbytes
+        )
+
+
+def test_a_gate_keeps_its_narrow_input_and_what_it_gives() -> None:
+    """Closed form: 2 bytes an element of the input, 4 of each gate."""
+    gate = Gate(64, torch.device("cpu"))
+    x = torch.ones(8, 64, dtype=torch.bfloat16)
+    assert kept_bytes(gate, x) == 8 * 64 * 2 + 8 * 4
+
+
+def test_a_rotation_keeps_its_narrow_input_and_what_is_scaled() -> None:
+    """Closed form: 2 bytes an element of the input and of what is rotated, 4 of each factor less 1;
+    nothing of the factors' own products."""
+    delta = ButterflyDelta(
+        nn.Linear(64, 64, bias=False).bfloat16(), {"block_size": 8, "factors": 2}
+    )
+    x = torch.randn(8, 64).bfloat16()
+    assert kept_bytes(lambda x: delta.around(lambda y: y, x), x) == 2 * x.nbytes + 64 * 4
