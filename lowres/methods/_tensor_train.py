@@ -19,7 +19,7 @@ from lowres.core.delta import Delta, add_to_weight, cast, features, place
 from lowres.core.recompute import recompute
 from lowres.methods._bottleneck import ACTIVATIONS
 
-# With 12 the modes of 768 and 4096 are those of the paper's code: 8 8 12, 16 16 16.
+# With 12 the modes of 768 and 4096 are those of the adapters in the paper's code: 8 8 12, 16 16 16.
 _USUAL_MODE = 12
 
 

@@ -1,4 +1,4 @@
-"""Add networks of Kronecker products that share a factor behind attention and feed-forward parts.
+"""Add networks of Kronecker products that share a factor behind self-attention and feed-forward.
 
 Paper: Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, Mahabadi et al. 2021.
 https://arxiv.org/abs/2106.04647

@@ -1,4 +1,4 @@
-"""Add a small non-linear network behind attention and behind the feed-forward part of each block.
+"""Add a small non-linear network behind self-attention and the feed-forward part of each block.
 
 Paper: Parameter-Efficient Transfer Learning for NLP, Houlsby et al. 2019.
 https://arxiv.org/abs/1902.00751

@@ -3,7 +3,8 @@
 Paper: Strong Baselines for Parameter Efficient Few-Shot Fine-tuning, Basu et al. 2023.
 https://arxiv.org/abs/2304.01917
 
-Departs from the paper: language models instead of vision transformers; the attention is not scaled.
+Departs from the paper: language models instead of vision transformers; the attention is not scaled;
+in a model of 16 bits the trained copies are of 16 bits, as PEFT has them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Add a network of tensor trains behind attention and behind the feed-forward part of each block.
+"""Add a network of tensor trains behind self-attention and the feed-forward part of each block.
 
 Paper: LoRETTA: Low-Rank Economic Tensor-Train Adaptation for Ultra-Low-Parameter Fine-Tuning of
 Large Language Models, Yang et al. 2024. https://arxiv.org/abs/2402.11417

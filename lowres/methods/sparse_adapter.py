@@ -39,7 +39,7 @@ class SparseAdapter(Adapter):
     Args:
         reduction: The bottleneck has d / reduction units.
         activation: relu, gelu, swish or tanh.
-        sites: `both` (behind attention and behind the feed-forward part) or `feed_forward`.
+        sites: `both` (behind self-attention and behind the feed-forward part) or `feed_forward`.
         sparsity: Share of each matrix that is missing.
         score: What decides: `magnitude` of the initial weights, or `random`.
     """
